@@ -1,0 +1,1 @@
+"""Turn a small chat model into a fitness question-answering bot with Direct Preference Optimization."""

