@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import logging
 import os
 import re
 import sys
@@ -83,6 +84,10 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], None]) -> No
     A mistake in the input ends with exit status 2 and one line on stderr, nothing else. FITNESS_DPO_TRACEBACK=1 shows
     where it was raised.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings speak to programmers
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     config.register()
     OmegaConf.register_new_resolver("default_model", default_model, replace=True)
     OmegaConf.register_new_resolver("run_dir", lambda resume: str(runs.run_folder(resume)), replace=True, use_cache=True)

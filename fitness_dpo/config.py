@@ -263,6 +263,12 @@ class TrainConfig:
     resume: str | None = MISSING
     """`latest` or the folder of an interrupted run to go on with; null starts a new one."""
 
+    def __post_init__(self) -> None:
+        _require(
+            not (self.model.load_in_4bit and self.lora.init in ("pissa", "olora")),
+            "lora.init", self.lora.init, "needs 16-bit weights to split; set model.load_in_4bit=false",
+        )  # fmt: skip
+
 
 @dataclass(slots=True, kw_only=True)
 class ModelOverrides:

@@ -15,7 +15,9 @@ from omegaconf import OmegaConf
 from fitness_dpo.config import InputError
 
 OUTPUTS = Path("outputs")
-CONFIG, METRICS, SAMPLES, ADAPTER, CHECKPOINTS = "config.yaml", "metrics.json", "samples.jsonl", "adapter", "checkpoints"
+CONFIG, RECORD, METRICS, SAMPLES, ADAPTER, CHECKPOINTS = (
+    "config.yaml", "versions.json", "metrics.json", "samples.jsonl", "adapter", "checkpoints",
+)  # fmt: skip
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "unsloth", "unsloth_zoo")
 Schema = TypeVar("Schema")
 
@@ -115,5 +117,11 @@ def _installed(name: str) -> bool:
 def write_start(run: Path, config: object, recorded: dict[str, Any]) -> None:
     """Write config.yaml and versions.json."""
     run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / "versions.json", json.dumps(recorded, indent=1))
+    write_whole(run / RECORD, json.dumps(recorded, indent=1))
     write_whole(run / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def read_record(run: Path) -> dict[str, Any] | None:
+    """What write_start recorded, for a run that is resumed."""
+    file = run / RECORD
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

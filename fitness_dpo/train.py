@@ -1,4 +1,117 @@
+"""python -m fitness_dpo.train: from preference pairs to a tuned model in a run folder."""
+
+import json
+import os
+import resource
+import uuid
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from rich.console import Console
+from rich.table import Table
+
+from fitness_dpo import runs
 from fitness_dpo.cli import verb
-from fitness_dpo.config import TrainConfig
-def main(c, f): print(c)
-if __name__=="__main__": verb("config", TrainConfig, main)
+from fitness_dpo.config import InputError, TrainConfig
+from fitness_dpo.data import Preferences, load_preferences
+from fitness_dpo.weights import locate
+
+Metrics = dict[str, Any]
+
+
+def train(config: TrainConfig, run: Path, console: Console) -> Metrics:
+    """Train and save into `run`: config.yaml, versions.json, samples.jsonl, checkpoints/, adapter/ and, last, metrics.json."""
+    preferences = load_preferences(config.data)
+    console.print(opening(config, preferences), highlight=False)
+    locate(config.model.name, config.model.revision)  # ends a run without weights before anything heavy is imported
+
+    from fitness_dpo.model import load_policy, save_adapter
+
+    policy = load_policy(config.model, config.lora, config.dpo.seed)
+
+    from fitness_dpo.callbacks import ProgressBar, Samples
+    from fitness_dpo.tracking import wandb_run
+    from fitness_dpo.trainer import build_trainer
+
+    recorded = runs.read_record(run) or runs.provenance(preferences.fingerprints()) | {"wandb_id": uuid.uuid4().hex[:8]}
+    samples, progress = Samples(policy, config.logging, config.data.system_prompt, run, console), ProgressBar(console)
+    trainer = build_trainer(config, policy, preferences.splits, run, [samples, progress])
+    runs.write_start(run, config, recorded)
+    with wandb_run(config, run, recorded["wandb_id"]):
+        checkpoint = runs.last_checkpoint(run)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.eval_dataset is not None:
+            trainer.evaluate()
+    save_adapter(policy, config.model.name, run / runs.ADAPTER)
+    metrics = summary(trainer, progress, preferences)
+    runs.write_whole(run / runs.METRICS, json.dumps(metrics, indent=1))
+    console.print(closing(metrics, run))
+    return metrics
+
+
+def summary(trainer: Any, progress: Any, preferences: Preferences) -> Metrics:
+    """Figures of a finished run; `history` is every logged step as TRL named it."""
+    history = [dict(entry) for entry in trainer.state.log_history]
+    held_out = [entry for entry in history if "eval_loss" in entry]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
+    return {
+        "steps": trainer.state.global_step,
+        "loss": losses[-1] if losses else None,
+        "before": held_out[0] if held_out else None,
+        "after": held_out[-1] if held_out else None,
+        "seconds": round(progress.step_seconds, 1),
+        "tokens_per_second": round(tokens / progress.step_seconds, 1) if progress.step_seconds else None,
+        "peak_memory_gib": round(peak_memory_bytes() / 2**30, 2),
+        "rows": {
+            "read": preferences.read,
+            "dropped": dict(preferences.dropped),
+            "too_long": trainer.too_long,
+            **{name: len(rows) for name, rows in preferences.splits.items()},
+        },
+        "history": history,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """The most memory torch held on the GPU; without one, the most this process held."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def opening(config: TrainConfig, preferences: Preferences) -> str:
+    sizes = ", ".join(f"{len(rows)} {name}" for name, rows in preferences.splits.items())
+    dropped = "".join(f", {count} dropped ({reason})" for reason, count in preferences.dropped.most_common())
+    return f"data   {config.data.path}: {sizes}{dropped}\nmodel  {config.model.name} ({config.model.backend})"
+
+
+def closing(metrics: Metrics, run: Path) -> Table:
+    """The one screen a run ends with."""
+    table = Table(title="trained", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    before, after = metrics["before"] or {}, metrics["after"] or {}
+    loss = metrics["loss"]
+    table.add_row("loss", "none logged" if loss is None else f"{loss:.3f} at step {metrics['steps']}")
+    for name in ("rewards/accuracies", "rewards/margins"):
+        if after:
+            table.add_row(f"held-out {name}", f"{before[f'eval_{name}']:.3f} before, {after[f'eval_{name}']:.3f} after")
+    table.add_row("training", f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s, {metrics['peak_memory_gib']:.2f} GiB peak")
+    table.add_row("run", os.path.relpath(run))
+    table.add_row("next", 'python -m fitness_dpo.infer prompt="How often should I train legs?"')
+    return table
+
+
+def main(config: TrainConfig, run: Path) -> None:
+    if config.resume is not None:
+        others = [word for word in HydraConfig.get().overrides.task if not word.startswith("resume=")]
+        if others:
+            raise InputError(f"{' '.join(others)}: a resumed run keeps its own settings; leave this out, or start a new run without resume")
+        config = runs.load_config(run, TrainConfig)
+    train(config, run, Console(quiet=not config.logging.console))
+
+
+if __name__ == "__main__":
+    verb("config", TrainConfig, main)

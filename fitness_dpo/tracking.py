@@ -1,0 +1,31 @@
+"""The wandb run beside a training run."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import wandb
+from omegaconf import OmegaConf
+
+from fitness_dpo.config import TrainConfig
+
+
+@contextmanager
+def wandb_run(config: TrainConfig, run: Path, run_id: str) -> Iterator[None]:
+    """Keep a wandb run open, its files in the run folder. `run_id` makes a resumed training go on with the same one."""
+    settings = config.logging.wandb
+    if settings.mode == "disabled":
+        yield
+        return
+    mode = settings.mode
+    if mode == "auto":
+        mode = "online" if wandb.login(prompt=False) else "offline"
+    os.environ["WANDB_SILENT"] = "true"  # the console is this project's
+    name = settings.name or "-".join(run.parts[-2:])
+    with wandb.init(
+        project=settings.project, group=settings.group, name=name, tags=settings.tags, mode=mode, dir=str(run), id=run_id,
+        resume="allow", config={"settings": OmegaConf.to_container(OmegaConf.structured(config))},
+        settings=wandb.Settings(silent=True),
+    ):  # fmt: skip
+        yield
