@@ -16,10 +16,12 @@ from fitness_dpo.inference import ask, generate
 from fitness_dpo.model import Policy
 
 
-class Samples(TrainerCallback):  # type: ignore[misc]
+class Samples(TrainerCallback):
     """Answers the fixed questions before, during and after training, into samples.jsonl, a wandb table and the console."""
 
-    def __init__(self, policy: Policy, config: LoggingConfig, system_prompt: str | None, run: Path, console: Console) -> None:
+    def __init__(
+        self, policy: Policy, config: LoggingConfig, system_prompt: str | None, run: Path, console: Console
+    ) -> None:
         self.policy, self.config, self.console = policy, config, console
         self.file = run / runs.SAMPLES
         self.prompts = [ask(question, system_prompt) for question in config.sample_prompts]
@@ -37,7 +39,11 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         self.sample(state)
 
     def sample(self, state: TrainerState) -> None:
-        if not state.is_world_process_zero or not self.prompts or any(row["step"] == state.global_step for row in self.rows):
+        if (
+            not state.is_world_process_zero
+            or not self.prompts
+            or any(row["step"] == state.global_step for row in self.rows)
+        ):
             return
         answers = generate(self.policy, self.prompts, self.config.sampling)
         self.rows += [
@@ -46,22 +52,24 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         ]
         runs.write_whole(self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
         if wandb.run is not None:
-            columns = ["step", "prompt", "answer"]
-            wandb.log({"samples": wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in self.rows])})
+            columns: list[str | int] = ["step", "prompt", "answer"]
+            wandb.log(
+                {"samples": wandb.Table(columns=columns, data=[[row[str(c)] for c in columns] for row in self.rows])}
+            )
         for question, answer in zip(self.config.sample_prompts, answers, strict=True):
             self.console.print(f"\n[bold]step {state.global_step}[/] {question}", highlight=False)
             self.console.print(answer, markup=False, highlight=False, style="dim")
 
 
-class ProgressBar(TrainerCallback):  # type: ignore[misc]
+class ProgressBar(TrainerCallback):
     """One bar with loss, accuracy and margin in a terminal; one line at each logging step anywhere else.
 
-    `step_seconds` counts the optimizer steps alone, without samples, evaluation and checkpoints.
+    `step_seconds` has the time of every optimizer step alone, without samples, evaluation and checkpoints.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.step_seconds = 0.0
+        self.step_seconds: list[float] = []
         self.progress = Progress(
             TextColumn("training"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -70,27 +78,31 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
+            self.task = self.progress.add_task(
+                "training", total=state.max_steps, completed=state.global_step, figures=""
+            )
             self.progress.start()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.step_seconds += time.perf_counter() - self.began
+        self.step_seconds.append(time.perf_counter() - self.began)
         if state.is_world_process_zero:
             self.progress.update(self.task, completed=state.global_step)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        logs: dict[str, float] = given["logs"]
         if not state.is_world_process_zero or "loss" not in logs:
             return
         names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
         figures = "  ".join(f"{short} {logs[name]:.3f}" for name, short in names.items() if name in logs)
         self.progress.update(self.task, figures=figures)
         if not self.console.is_terminal:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}  rate {logs['learning_rate']:.1e}", highlight=False)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {figures}  rate {logs['learning_rate']:.1e}",
+                highlight=False,
+            )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress.stop()

@@ -90,7 +90,9 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], None]) -> No
         os.environ.setdefault("TQDM_DISABLE", "1")
     config.register()
     OmegaConf.register_new_resolver("default_model", default_model, replace=True)
-    OmegaConf.register_new_resolver("run_dir", lambda resume: str(runs.run_folder(resume)), replace=True, use_cache=True)
+    OmegaConf.register_new_resolver(
+        "run_dir", lambda resume: str(runs.run_folder(resume)), replace=True, use_cache=True
+    )
 
     mistakes: list[Exception] = []
 

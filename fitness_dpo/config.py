@@ -57,7 +57,9 @@ class DataConfig:
         )  # fmt: skip
         for key, size in (("validation_size", self.validation_size), ("test_size", self.test_size)):
             _require(size >= 0, f"data.{key}", size, "use a share below 1 or a number of rows")
-            _require(size < 1 or size == int(size), f"data.{key}", size, "use a share below 1 or a whole number of rows")
+            _require(
+                size < 1 or size == int(size), f"data.{key}", size, "use a share below 1 or a whole number of rows"
+            )
         shares = [size for size in (self.validation_size, self.test_size) if size < 1]
         _require(sum(shares) < 1, "data.validation_size + data.test_size", sum(shares), "leave rows to train on")
         for key, rows in (("max_rows", self.max_rows), ("max_validation_rows", self.max_validation_rows)):
@@ -250,7 +252,12 @@ class LoggingConfig:
     sampling: SamplingConfig = MISSING
 
     def __post_init__(self) -> None:
-        _require(self.sample_steps is None or self.sample_steps >= 1, "logging.sample_steps", self.sample_steps, "use 1 or more")
+        _require(
+            self.sample_steps is None or self.sample_steps >= 1,
+            "logging.sample_steps",
+            self.sample_steps,
+            "use 1 or more",
+        )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -83,7 +83,9 @@ def load_preferences(config: DataConfig) -> Preferences:
         raise InputError(no_rows_left(config, read, dropped, found_keys))
     splits = split_by_question(examples, config)
     if not splits["train"]:
-        raise InputError(f"data.path={config.path}: no row is left to train on of {len(examples)}; lower data.test_size or data.validation_size")
+        raise InputError(
+            f"data.path={config.path}: no row is left to train on of {len(examples)}; lower data.test_size or data.validation_size"
+        )
     keep = random.Random(config.seed)  # noqa: S311
     for name, limit in (("train", config.max_rows), ("validation", config.max_validation_rows)):
         if limit is not None and limit < len(splits[name]):
@@ -147,11 +149,15 @@ def split_by_question(examples: list[Example], config: DataConfig) -> dict[str, 
     if fixed == len(examples):
         for rows in questions.values():
             if len({row.split for row in rows}) > 1:
-                raise InputError(f"data.path={config.path}: row {rows[0].id}'s question stands in two splits; give its rows one split")
+                raise InputError(
+                    f"data.path={config.path}: row {rows[0].id}'s question stands in two splits; give its rows one split"
+                )
             splits[str(rows[0].split)] += rows
         return splits
     if fixed:
-        raise InputError(f"data.path={config.path}: {fixed} of {len(examples)} rows name a split; give each row one, or none")
+        raise InputError(
+            f"data.path={config.path}: {fixed} of {len(examples)} rows name a split; give each row one, or none"
+        )
     order = sorted(questions)
     random.Random(config.seed).shuffle(order)  # noqa: S311
     sizes = {"test": config.test_size, "validation": config.validation_size}

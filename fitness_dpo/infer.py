@@ -1,4 +1,4 @@
-"""python -m fitness_dpo.infer: ask the tuned model, or talk with it."""
+"""python -m fitness_dpo.infer: ask the tuned model one question (prompt= or standard input), or talk with it."""
 
 import sys
 from pathlib import Path
@@ -11,6 +11,7 @@ from fitness_dpo.cli import verb
 from fitness_dpo.config import InferConfig, InputError, ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from fitness_dpo.data import Message
     from fitness_dpo.model import Policy
 
 UNTUNED = ModelConfig(
@@ -20,15 +21,20 @@ UNTUNED = ModelConfig(
 
 
 def main(config: InferConfig, _: Path) -> None:
-    if config.prompt is None and not sys.stdin.isatty():
-        raise InputError('prompt=null: no question and no terminal to ask for one; add prompt="How much protein do I need?"')
+    question = config.prompt
+    if question is None and not sys.stdin.isatty():
+        question = sys.stdin.read().strip()
+        if not question:
+            raise InputError(
+                'prompt=null: no question and no terminal to ask for one; add prompt="How much protein do I need?"'
+            )
     from fitness_dpo.inference import ask, check_window, generate
 
     policy, model, system_prompt = load(config)
-    if config.prompt is None:
+    if question is None:
         converse(policy, model, config, system_prompt)
         return
-    messages = ask(config.prompt, system_prompt)
+    messages = ask(question, system_prompt)
     check_window(policy, messages, model.max_length_tokens)
     print(generate(policy, [messages], config.sampling)[0])  # noqa: T201
 
@@ -50,7 +56,8 @@ def converse(policy: "Policy", model: ModelConfig, config: InferConfig, system_p
     """Ask and answer in the terminal until an empty line or Ctrl-D; each answer is printed as it is generated."""
     from fitness_dpo.inference import ask, check_window, stream
 
-    console, history = Console(), []
+    console = Console()
+    history: list[Message] = []
     console.print("[dim]Ask about training, food or recovery. An empty line ends the conversation.[/]")
     while question := read_line(console):
         messages = ask(question, system_prompt, tuple(history))

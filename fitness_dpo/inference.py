@@ -63,7 +63,9 @@ def check_window(policy: Policy, prompt: list[Message], max_length_tokens: int) 
     """Raise InputError for a conversation that leaves no room to answer."""
     length = len(ChatTemplate(policy.tokenizer).prompt_ids(prompt))
     if length >= max_length_tokens:
-        raise InputError(f"prompt: {length} tokens fill model.max_length_tokens={max_length_tokens}; shorten it or raise the limit")
+        raise InputError(
+            f"prompt: {length} tokens fill model.max_length_tokens={max_length_tokens}; shorten it or raise the limit"
+        )
 
 
 @contextmanager

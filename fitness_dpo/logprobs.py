@@ -9,9 +9,20 @@ Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | No
 
 
 def _chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, softcap: float | None, scale: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
 ) -> tuple[Tensor, ...]:
-    logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)).float() * scale
+    logits = (
+        torch.nn.functional.linear(
+            hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        ).float()
+        * scale
+    )
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits / temperature
@@ -48,5 +59,7 @@ class ChunkedLogProbs:
         ]  # fmt: skip
         logps, *rest = (torch.cat(values) for values in zip(*chunks, strict=True))
         names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-        entropy, squares, mean, top = (value if name in outputs else None for name, value in zip(names, rest, strict=True))
+        entropy, squares, mean, top = (
+            value if name in outputs else None for name, value in zip(names, rest, strict=True)
+        )
         return logps, entropy, squares, mean, top

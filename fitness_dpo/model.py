@@ -52,7 +52,9 @@ def load_trained(run: Path, overrides: ModelOverrides, config: ModelConfig) -> P
 
     adapter = run / runs.ADAPTER
     if not (adapter / "adapter_model.safetensors").is_file():
-        raise InputError(f"{adapter}: no adapter_model.safetensors there; the run did not finish, go on with resume={run}")
+        raise InputError(
+            f"{adapter}: no adapter_model.safetensors there; the run did not finish, go on with resume={run}"
+        )
     known = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     policy = load_base(override(config, overrides))
     try:
@@ -60,7 +62,9 @@ def load_trained(run: Path, overrides: ModelOverrides, config: ModelConfig) -> P
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
-        raise InputError(f"{adapter}: made for {known}, which is not the shape of model.name={config.name}; train again") from error
+        raise InputError(
+            f"{adapter}: made for {known}, which is not the shape of model.name={config.name}; train again"
+        ) from error
     return Policy(model.eval(), policy.tokenizer)
 
 
@@ -92,7 +96,11 @@ def load_base(config: ModelConfig) -> Policy:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=compute_dtype(config.dtype), device_map={"": device()}, quantization_config=_quantization(config), **shared
+        path,
+        dtype=compute_dtype(config.dtype),
+        device_map={"": device()},
+        quantization_config=_quantization(config),
+        **shared,
     )
     return Policy(model.eval(), tokenizer)
 
@@ -140,7 +148,9 @@ def _require_4bit() -> None:
     try:
         import bitsandbytes
 
-        layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to(device())
+        layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to(
+            device()
+        )
         layer(torch.ones(1, 64, device=device()))
     except (ImportError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise _no_4bit(f"bitsandbytes does not run here ({str(error).splitlines()[0]})") from error
@@ -204,7 +214,9 @@ def _unsloth_policy(config: ModelConfig, path: str, lora: LoraConfig, seed: int)
 
 
 def _no_target(lora: LoraConfig, error: ValueError) -> InputError:
-    return InputError(f"lora.target_modules={lora.target_modules}: {str(error).splitlines()[0]}; name layers of this model, or all-linear")
+    return InputError(
+        f"lora.target_modules={lora.target_modules}: {str(error).splitlines()[0]}; name layers of this model, or all-linear"
+    )
 
 
 def import_unsloth() -> Any:
@@ -213,7 +225,9 @@ def import_unsloth() -> Any:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(folder))
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    os.environ.setdefault("UNSLOTH_CPU_COMPILE", "0")  # Inductor costs a minute at the first steps and gains nothing here
+    os.environ.setdefault(
+        "UNSLOTH_CPU_COMPILE", "0"
+    )  # Inductor costs a minute at the first steps and gains nothing here
     import unsloth
 
     return unsloth

@@ -18,7 +18,17 @@ OUTPUTS = Path("outputs")
 CONFIG, RECORD, METRICS, SAMPLES, ADAPTER, CHECKPOINTS = (
     "config.yaml", "versions.json", "metrics.json", "samples.jsonl", "adapter", "checkpoints",
 )  # fmt: skip
-RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "unsloth", "unsloth_zoo")
+RECORDED_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "unsloth",
+    "unsloth_zoo",
+)
 Schema = TypeVar("Schema")
 
 
@@ -52,7 +62,9 @@ def finished_run(name: str) -> Path:
 
 def interrupted_run(name: str) -> Path:
     """The folder to go on with: `latest` is the newest run that has checkpoints and did not finish."""
-    unfinished = (run for run in all_runs() if not (run / METRICS).is_file()) if name == "latest" else iter([Path(name)])
+    unfinished = (
+        (run for run in all_runs() if not (run / METRICS).is_file()) if name == "latest" else iter([Path(name)])
+    )
     run = next((run for run in unfinished if last_checkpoint(run) is not None), None)
     if run is None:
         raise InputError(f"resume={name}: no interrupted run with a checkpoint there; start anew without resume")

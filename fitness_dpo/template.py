@@ -32,7 +32,9 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
-            raise InputError(f"model.name={tokenizer.name_or_path}: its tokenizer has no chat template; choose an instruct model")
+            raise InputError(
+                f"model.name={tokenizer.name_or_path}: its tokenizer has no chat template; choose an instruct model"
+            )
         self.tokenizer = tokenizer
         control = sorted((token for token in tokenizer.get_added_vocab() if token.strip()), key=len, reverse=True)
         self.control = re.compile(f"({'|'.join(map(re.escape, control))})") if control else re.compile("(?!)")
@@ -44,7 +46,9 @@ class ChatTemplate:
         """
         blanks = [{"role": m["role"], "content": PLACEHOLDER.format(i)} for i, m in enumerate(messages)]
         try:
-            text = self.tokenizer.apply_chat_template(blanks, tokenize=False, add_generation_prompt=ask, enable_thinking=False)
+            text: Any = self.tokenizer.apply_chat_template(
+                blanks, tokenize=False, add_generation_prompt=ask, enable_thinking=False
+            )
         except jinja2.TemplateError as error:
             raise InputError(
                 f"model.name={self.tokenizer.name_or_path}: its chat template refuses these roles ({error}); "

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import wandb
 from omegaconf import OmegaConf
@@ -18,7 +19,7 @@ def wandb_run(config: TrainConfig, run: Path, run_id: str) -> Iterator[None]:
     if settings.mode == "disabled":
         yield
         return
-    mode = settings.mode
+    mode: Any = settings.mode
     if mode == "auto":
         mode = "online" if wandb.login(prompt=False) else "offline"
     os.environ["WANDB_SILENT"] = "true"  # the console is this project's

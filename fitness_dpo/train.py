@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import statistics
 import uuid
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,17 @@ def summary(trainer: Any, progress: Any, preferences: Preferences) -> Metrics:
     held_out = [entry for entry in history if "eval_loss" in entry]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
+    steps = len(progress.step_seconds)  # of this process: a resumed run counts its own
+    pairs = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    typical = statistics.median(progress.step_seconds)  # the first steps warm up
     return {
         "steps": trainer.state.global_step,
         "loss": losses[-1] if losses else None,
         "before": held_out[0] if held_out else None,
         "after": held_out[-1] if held_out else None,
-        "seconds": round(progress.step_seconds, 1),
-        "tokens_per_second": round(tokens / progress.step_seconds, 1) if progress.step_seconds else None,
+        "seconds": round(sum(progress.step_seconds), 1),
+        "pairs_per_second": round(pairs / typical, 2),
+        "tokens_per_second": round(tokens / steps / typical, 1),
         "peak_memory_gib": round(peak_memory_bytes() / 2**30, 2),
         "rows": {
             "read": preferences.read,
@@ -98,7 +103,10 @@ def closing(metrics: Metrics, run: Path) -> Table:
     for name in ("rewards/accuracies", "rewards/margins"):
         if after:
             table.add_row(f"held-out {name}", f"{before[f'eval_{name}']:.3f} before, {after[f'eval_{name}']:.3f} after")
-    table.add_row("training", f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s, {metrics['peak_memory_gib']:.2f} GiB peak")
+    table.add_row(
+        "training",
+        f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s, {metrics['peak_memory_gib']:.2f} GiB peak",
+    )
     table.add_row("run", os.path.relpath(run))
     table.add_row("next", 'python -m fitness_dpo.infer prompt="How often should I train legs?"')
     return table
@@ -108,7 +116,9 @@ def main(config: TrainConfig, run: Path) -> None:
     if config.resume is not None:
         others = [word for word in HydraConfig.get().overrides.task if not word.startswith("resume=")]
         if others:
-            raise InputError(f"{' '.join(others)}: a resumed run keeps its own settings; leave this out, or start a new run without resume")
+            raise InputError(
+                f"{' '.join(others)}: a resumed run keeps its own settings; leave this out, or start a new run without resume"
+            )
         config = runs.load_config(run, TrainConfig)
     train(config, run, Console(quiet=not config.logging.console))
 

@@ -64,7 +64,10 @@ def dpo_arguments(config: TrainConfig, run: Path, dtype: torch.dtype, *, validat
         "seed": dpo.seed,
         "data_seed": dpo.seed,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "report_to": [*(["wandb"] if logging.wandb.mode != "disabled" else []), *(["tensorboard"] if logging.tensorboard else [])],
+        "report_to": [
+            *(["wandb"] if logging.wandb.mode != "disabled" else []),
+            *(["tensorboard"] if logging.tensorboard else []),
+        ],
         "run_name": logging.wandb.name or "-".join(run.parts[-2:]),
     }
 
@@ -77,17 +80,25 @@ def tokenize(examples: list[Example], template: ChatTemplate, max_length_tokens:
 
 
 def build_trainer(
-    config: TrainConfig, policy: Policy, splits: dict[str, list[Example]], run: Path, callbacks: Sequence[TrainerCallback]
+    config: TrainConfig,
+    policy: Policy,
+    splits: dict[str, list[Example]],
+    run: Path,
+    callbacks: Sequence[TrainerCallback],
 ) -> trl.DPOTrainer:
     """A DPOTrainer over the train split that watches the validation split, where there is one."""
     template = ChatTemplate(policy.tokenizer)
     limit = config.model.max_length_tokens
     train = tokenize(splits["train"], template, limit)
     if not len(train.rows):
-        raise InputError(f"model.max_length_tokens={limit}: every one of {train.too_long} training rows is longer; raise it")
+        raise InputError(
+            f"model.max_length_tokens={limit}: every one of {train.too_long} training rows is longer; raise it"
+        )
     rows = train.rows
     if config.dpo.max_steps is not None:  # leave the rows that no step reaches out of the reference pass
-        pairs_a_step = config.dpo.batch_size * config.dpo.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+        pairs_a_step = (
+            config.dpo.batch_size * config.dpo.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+        )
         reached = min(len(rows), config.dpo.max_steps * pairs_a_step)
         rows = rows.shuffle(seed=config.dpo.seed).select(range(reached))
     validation = tokenize(splits["validation"], template, limit)

