@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import wandb
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,6 +13,7 @@ from fitness_dpo import runs
 from fitness_dpo.config import LoggingConfig
 from fitness_dpo.inference import ask, generate
 from fitness_dpo.model import Policy
+from fitness_dpo.tracking import log_samples
 
 
 class Samples(TrainerCallback):
@@ -29,16 +29,16 @@ class Samples(TrainerCallback):
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.sample(state)
+        self.sample(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.config.sample_steps and state.global_step % self.config.sample_steps == 0:
-            self.sample(state)
+            self.sample(args, state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.sample(state)
+        self.sample(args, state)
 
-    def sample(self, state: TrainerState) -> None:
+    def sample(self, args: TrainingArguments, state: TrainerState) -> None:
         if (
             not state.is_world_process_zero
             or not self.prompts
@@ -51,11 +51,8 @@ class Samples(TrainerCallback):
             for prompt, answer in zip(self.config.sample_prompts, answers, strict=True)
         ]
         runs.write_whole(self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
-        if wandb.run is not None:
-            columns: list[str | int] = ["step", "prompt", "answer"]
-            wandb.log(
-                {"samples": wandb.Table(columns=columns, data=[[row[str(c)] for c in columns] for row in self.rows])}
-            )
+        if "wandb" in (args.report_to or ()):
+            log_samples(self.rows)
         for question, answer in zip(self.config.sample_prompts, answers, strict=True):
             self.console.print(f"\n[bold]step {state.global_step}[/] {question}", highlight=False)
             self.console.print(answer, markup=False, highlight=False, style="dim")

@@ -1,4 +1,4 @@
-"""The wandb run beside a training run."""
+"""The wandb run beside a training run. wandb itself is imported only where one is wanted."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import wandb
 from omegaconf import OmegaConf
 
 from fitness_dpo.config import TrainConfig
@@ -19,6 +18,8 @@ def wandb_run(config: TrainConfig, run: Path, run_id: str) -> Iterator[None]:
     if settings.mode == "disabled":
         yield
         return
+    import wandb
+
     mode: Any = settings.mode
     if mode == "auto":
         mode = "online" if wandb.login(prompt=False) else "offline"
@@ -30,3 +31,13 @@ def wandb_run(config: TrainConfig, run: Path, run_id: str) -> Iterator[None]:
         settings=wandb.Settings(silent=True),
     ):  # fmt: skip
         yield
+
+
+def log_samples(rows: list[dict[str, Any]]) -> None:
+    """Log every sample answer so far as one table: wandb's tables cannot grow."""
+    import wandb
+
+    columns: list[str | int] = ["step", "prompt", "answer"]
+    wandb.log(
+        {"samples": wandb.Table(columns=columns, data=[[row[str(column)] for column in columns] for row in rows])}
+    )

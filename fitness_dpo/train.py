@@ -56,7 +56,7 @@ def summary(trainer: Any, progress: Any, preferences: Preferences) -> Metrics:
     history = [dict(entry) for entry in trainer.state.log_history]
     held_out = [entry for entry in history if "eval_loss" in entry]
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
+    tokens = next((entry["num_tokens"] for entry in reversed(history) if "loss" in entry and "num_tokens" in entry), 0)
     steps = len(progress.step_seconds)  # of this process: a resumed run counts its own
     pairs = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     typical = statistics.median(progress.step_seconds)  # the first steps warm up

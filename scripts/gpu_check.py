@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -45,7 +46,7 @@ def write_qwen3_shape(folder: Path) -> Path:
     return folder
 
 
-def train(overrides: list[str], steps: int, work: Path) -> dict[str, object]:
+def train(overrides: list[str], steps: int, work: Path) -> dict[str, Any]:
     started = time.perf_counter()
     command = [
         sys.executable, "-m", "fitness_dpo.train", *overrides, f"dpo.max_steps={steps}", "dpo.logging_steps=1",
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
     options = parser.parse_args()
-    results: dict[str, dict[str, object]] = {}
+    results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         shape = write_qwen3_shape(Path(folder) / "qwen3-0.6b-shape")
         for name, overrides in RUNS.items():
@@ -83,7 +84,7 @@ def main() -> None:
         if "failed" in result:
             print(f"| {name} | {result['failed']} |")
         else:
-            first, last = result["loss"]  # type: ignore[misc]
+            first, last = result["loss"]
             print(
                 f"| {name} | {result['pairs_per_second']} | {result['tokens_per_second']} | {result['peak_memory_gib']} "
                 f"| {first:.3f} to {last:.3f} |"
