@@ -29,7 +29,8 @@ class Samples(TrainerCallback):
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.sample(args, state)
+        if state.global_step == 0:  # a resumed run has answered before
+            self.sample(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.config.sample_steps and state.global_step % self.config.sample_steps == 0:

@@ -103,9 +103,10 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], None]) -> No
             run(OmegaConf.to_object(composed), folder)
         except (config.InputError, OmegaConfBaseException) as error:
             mistakes.append(error)
-            with contextlib.suppress(OSError):  # leave no empty run folder behind; one that holds something stays
-                folder.rmdir()
-                folder.parent.rmdir()
+            if runs.OUTPUTS.resolve() in folder.resolve().parents:
+                with contextlib.suppress(OSError):  # leave no empty run folder behind; one that holds something stays
+                    folder.rmdir()
+                    folder.parent.rmdir()
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach the except clause below instead of Hydra's own printer
     try:

@@ -275,6 +275,10 @@ class TrainConfig:
             not (self.model.load_in_4bit and self.lora.init in ("pissa", "olora")),
             "lora.init", self.lora.init, "needs 16-bit weights to split; set model.load_in_4bit=false",
         )  # fmt: skip
+        _require(
+            not (self.lora.use_dora and self.lora.init in ("pissa", "olora")),
+            "lora.init", self.lora.init, "cannot be saved with lora.use_dora=true; set lora.init=default",
+        )  # fmt: skip
 
 
 @dataclass(slots=True, kw_only=True)

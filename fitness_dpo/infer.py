@@ -49,7 +49,8 @@ def load(config: InferConfig) -> "tuple[Policy, ModelConfig, str | None]":
     run = runs.finished_run(config.run)
     trained = runs.load_config(run, TrainConfig)
     system_prompt = trained.data.system_prompt if config.system_prompt is None else config.system_prompt
-    return load_trained(run, config.model, trained.model), override(trained.model, config.model), system_prompt
+    model = override(trained.model, config.model)
+    return load_trained(run, model), model, system_prompt
 
 
 def converse(policy: "Policy", model: ModelConfig, config: InferConfig, system_prompt: str | None) -> None:

@@ -37,17 +37,19 @@ def load_policy(config: ModelConfig, lora: LoraConfig, seed: int) -> Policy:
 
 
 def keep_start(model: Any) -> Path:
-    """Save the fresh adapter, which PEFT wants back when the trained one is saved."""
+    """Save the fresh adapter, which PEFT wants back when the trained one is saved.
+
+    The base is split once: from here on the adapter's config says so, or TRL's reference adapter, a copy of it, would
+    split the rest again.
+    """
     folder = Path(tempfile.mkdtemp(prefix="fitness_dpo_start_"))
-    config = model.peft_config["default"]
-    config.init_lora_weights, init = True, config.init_lora_weights
+    model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(str(folder))
-    config.init_lora_weights = init
     return folder
 
 
-def load_trained(run: Path, overrides: ModelOverrides, config: ModelConfig) -> Policy:
-    """The base model of a run with the run's adapter, for answering. `config` is the run's own."""
+def load_trained(run: Path, config: ModelConfig) -> Policy:
+    """The base model of a run with the run's adapter, for answering. `config` is the run's own or an override of it."""
     from peft import PeftModel
 
     adapter = run / runs.ADAPTER
@@ -56,7 +58,7 @@ def load_trained(run: Path, overrides: ModelOverrides, config: ModelConfig) -> P
             f"{adapter}: no adapter_model.safetensors there; the run did not finish, go on with resume={run}"
         )
     known = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    policy = load_base(override(config, overrides))
+    policy = load_base(config)
     try:
         model = PeftModel.from_pretrained(policy.model, str(adapter))
     except RuntimeError as error:
@@ -76,10 +78,11 @@ def save_adapter(policy: Policy, base_name: str, folder: Path) -> None:
     """
     beside = folder.with_name(f".{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
-    config = policy.model.peft_config["default"]
-    config.base_model_name_or_path = base_name
     start = {"path_initial_model_for_weight_conversion": str(policy.start)} if policy.start else {}
-    policy.model.save_pretrained(str(beside), selected_adapters=["default"], save_embedding_layers=False, **start)
+    policy.model.save_pretrained(str(beside), selected_adapters=["default"], **start)
+    settings = beside / "adapter_config.json"
+    known = json.loads(settings.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_name}
+    settings.write_text(json.dumps(known, indent=2), encoding="utf-8")
     policy.tokenizer.save_pretrained(str(beside))
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)

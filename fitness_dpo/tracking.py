@@ -1,5 +1,6 @@
 """The wandb run beside a training run. wandb itself is imported only where one is wanted."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,13 @@ def wandb_run(config: TrainConfig, run: Path, run_id: str) -> Iterator[None]:
     if settings.mode == "disabled":
         yield
         return
+    os.environ["WANDB_SILENT"] = "true"  # the console is this project's
+    logging.getLogger("wandb").setLevel(logging.ERROR)
     import wandb
 
     mode: Any = settings.mode
     if mode == "auto":
         mode = "online" if wandb.login(prompt=False) else "offline"
-    os.environ["WANDB_SILENT"] = "true"  # the console is this project's
     name = settings.name or "-".join(run.parts[-2:])
     with wandb.init(
         project=settings.project, group=settings.group, name=name, tags=settings.tags, mode=mode, dir=str(run), id=run_id,

@@ -15,7 +15,7 @@ from fitness_dpo import runs
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.data import Example
 from fitness_dpo.logprobs import ChunkedLogProbs
-from fitness_dpo.model import Policy
+from fitness_dpo.model import Policy, load_base
 from fitness_dpo.template import ChatTemplate
 
 
@@ -63,6 +63,7 @@ def dpo_arguments(config: TrainConfig, run: Path, dtype: torch.dtype, *, validat
         "gradient_checkpointing": config.model.gradient_checkpointing != "false",
         "seed": dpo.seed,
         "data_seed": dpo.seed,
+        "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": [
             *(["wandb"] if logging.wandb.mode != "disabled" else []),
@@ -106,6 +107,9 @@ def build_trainer(
     if not torch.cuda.is_available() and config.model.backend == "transformers":
         trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbs
 
+    # TRL's reference is a second adapter, and PEFT allows one adapter only where biases are trained: a second model then.
+    reference = load_base(config.model).model if config.lora.bias != "none" else None
+
     class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         """Takes rows that are tokenized already, so that one template serves training and answering."""
 
@@ -114,6 +118,7 @@ def build_trainer(
 
     trainer = PreferenceTrainer(
         model=policy.model,
+        ref_model=reference,
         args=trl.DPOConfig(**dpo_arguments(config, run, policy.model.dtype, validate=validate)),
         train_dataset=rows,
         eval_dataset=validation.rows if validate else None,
