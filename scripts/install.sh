@@ -16,13 +16,19 @@ sys.exit(not (2, 4) <= version < (2, 15))
 PY
 }
 
+# pip of the system's Python installs into the environment: Colab's and Debian's Python come without ensurepip.
 rm -f "$venv/installed"
-if usable_torch "$python"; then
-    "$python" -m venv --system-site-packages "$venv"
+site=--clear
+usable_torch "$python" && site=--system-site-packages
+if "$python" -m pip --python "$python" --version >/dev/null 2>&1; then
+    "$python" -m venv $site --without-pip "$venv"
+    pip="$python -m pip --python $venv/bin/python"
 else
-    "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check "torch==$torch" -c requirements.lock
+    "$python" -m venv $site "$venv"
+    pip="$venv/bin/python -m pip"
 fi
-"$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps -r requirements.lock
-"$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps -e .
+install="$pip install -q --disable-pip-version-check --no-warn-script-location"
+[ $site = --system-site-packages ] || $install "torch==$torch" -c requirements.lock
+$install --no-deps -r requirements.lock
+$install --no-deps -e .
 touch "$venv/installed"

@@ -1,10 +1,14 @@
 """The torch stand-in for TRL's kernel against plain log_softmax, values and gradients."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
 from fitness_dpo.logprobs import CHUNK_TOKENS, ChunkedLogProbs
 
+assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)  # it works in float32, as TRL's kernel does
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -22,18 +26,20 @@ def test_values_and_gradients(tokens: int, softcap: float | None, scale: float, 
     )
     logits = torch.nn.functional.linear(hidden, weight, offset) * scale
     logits = (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / 1.5
-    reference = torch.distributions.Categorical(logits=logits, validate_args=False)
-    close = {"rtol": 1e-5, "atol": 1e-5}  # the stand-in works in float32, as the kernel does
-    assert entropy is not None and squares is not None and mean is not None and top is not None
-    torch.testing.assert_close(logps.double(), reference.log_prob(targets), **close)
-    torch.testing.assert_close(entropy.double(), reference.entropy(), **close)
-    torch.testing.assert_close(squares.double(), (reference.probs**2).sum(-1).log(), **close)
-    torch.testing.assert_close(mean.double(), logits.mean(-1), **close)
+    reference: Any = torch.distributions.Categorical(logits=logits, validate_args=False)
+    assert entropy is not None
+    assert squares is not None
+    assert mean is not None
+    assert top is not None
+    assert_close(logps.double(), reference.log_prob(targets))
+    assert_close(entropy.double(), reference.entropy())
+    assert_close(squares.double(), (reference.probs**2).sum(-1).log())
+    assert_close(mean.double(), logits.mean(-1))
     assert torch.equal(top, logits.argmax(-1) == targets)
 
     (gradient,) = torch.autograd.grad((logps * torch.linspace(-1, 1, tokens)).sum(), hidden)
     (expected,) = torch.autograd.grad((reference.log_prob(targets) * torch.linspace(-1, 1, tokens)).sum(), hidden)
-    torch.testing.assert_close(gradient, expected, **close)
+    assert_close(gradient, expected)
 
 
 def test_outputs_not_asked_for_are_none() -> None:

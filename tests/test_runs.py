@@ -1,5 +1,6 @@
 """The verbs from the command line: what a run leaves behind, and what can be done with it afterwards."""
 
+import importlib
 import math
 import shutil
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(trained: Path, pairs_file: P
 
 
 def test_the_offline_wandb_run_holds_the_curves_and_the_samples(trained: Path) -> None:
-    from wandb.proto import wandb_internal_pb2 as records
+    records: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
 
     (file,) = trained.glob("wandb/offline-run-*/run-*.wandb")
     keys: set[str] = set()

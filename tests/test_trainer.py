@@ -83,7 +83,7 @@ def test_rows_past_the_limit_are_left_out_and_counted(tiny: Tiny, pairs_file: Pa
     assert trainer.too_long["train"] == sum(length > lengths[3] for length in lengths) > 0
     config, policy = tiny(f"data.path={pairs_file}", "model.max_length_tokens=16")
     with pytest.raises(
-        InputError, match="model.max_length_tokens=16: every one of 10 training rows is longer; raise it"
+        InputError, match=r"model.max_length_tokens=16: every one of 10 training rows is longer; raise it"
     ):
         build_trainer(config, policy, load_preferences(config.data).splits, tmp_path, [])
 
