@@ -72,11 +72,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--only", default="", help="only the rows whose name holds this")
     options = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         shape = write_qwen3_shape(Path(folder) / "qwen3-0.6b-shape")
         for name, overrides in RUNS.items():
+            if options.only not in name:
+                continue
             print(f"== {name}", flush=True)
             model = [] if name.startswith("SmolLM2") else [f"model.name={shape}"]
             results[name] = train([*overrides, *model], options.steps, Path(folder))
