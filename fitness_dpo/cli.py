@@ -93,6 +93,9 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], None]) -> No
     OmegaConf.register_new_resolver(
         "run_dir", lambda resume: str(runs.run_folder(resume)), replace=True, use_cache=True
     )
+    OmegaConf.register_new_resolver(
+        "new_folder", lambda parent: str(runs.new_folder(Path(parent))), replace=True, use_cache=True
+    )
 
     mistakes: list[Exception] = []
 

@@ -352,8 +352,16 @@ class InferConfig:
     sampling: SamplingConfig = MISSING
 
 
+@dataclass(slots=True, kw_only=True)
+class InspectConfig:
+    data: DataConfig = MISSING
+    model: ModelConfig = MISSING
+    """Its tokenizer counts the tokens and renders the examples; no weights are loaded."""
+
+
 def register() -> None:
     """Make the shapes known to Hydra, under the names the root YAML files build on."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="infer_schema", node=InferConfig)
+    store.store(name="inspect_schema", node=InspectConfig)

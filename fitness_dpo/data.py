@@ -212,8 +212,8 @@ def split_by_question(examples: list[Example], groups: list[int], config: DataCo
             stray = next((row for row in rows if row.split != rows[0].split), None)
             if stray is not None:
                 raise InputError(
-                    f"data.path={config.path}: {rows[0].place} and {stray.place} ask the same or nearly so and stand in two splits, "
-                    f"{rows[0].split} and {stray.split}; give them one split, or set data.own_splits=false to split anew"
+                    f"{rows[0].place} ({rows[0].split}): its question stands in two splits, the same or nearly so at {stray.place} "
+                    f"({stray.split}); give both one split, or set data.own_splits=false to split anew"
                 )
             splits[str(rows[0].split)] += rows
         return splits

@@ -53,7 +53,7 @@ def known_row(row: Any, columns: ColumnsConfig) -> tuple[Format, Row]:
         row = {plain_key(key): value for key, value in row.items()}
     entry = recognise(row)
     if entry is None:
-        raise RowError("of no known format")
+        raise RowError("without the needed keys")
     return entry, row
 
 

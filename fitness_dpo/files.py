@@ -145,7 +145,7 @@ def table_rows(name: str, text: str) -> Iterator[tuple[Place, Any]]:
     first_line = text.lstrip().partition("\n")[0]
     delimiter = max("\t,;", key=first_line.count)
     if delimiter not in first_line:
-        raise InputError(f"{name}: neither JSON, JSON lines, CSV, TSV nor Parquet; give one of these")
+        raise InputError(f"{name} line 1: not JSON, JSON lines, CSV, TSV or Parquet; give one of these")
     reader = csv.DictReader(io.StringIO(text.lstrip(), newline=""), delimiter=delimiter)
     try:
         columns = reader.fieldnames or []

@@ -28,8 +28,8 @@ class Pair(NamedTuple):
 
 def to_pair(row: Row, better: Any, worse: Any) -> Pair:
     """The row's question with two of its answers: texts, messages or whole conversations. Raises RowError."""
-    before, chosen = _answer(better, "the chosen answer")
-    before_rejected, rejected = _answer(worse, "the rejected answer")
+    before, chosen = _answer(better, "chosen")
+    before_rejected, rejected = _answer(worse, "rejected")
     if before and before_rejected and before != before_rejected:
         raise RowError("with answers to different prompts")
     before = before or before_rejected

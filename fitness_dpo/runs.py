@@ -74,10 +74,13 @@ def interrupted_run(name: str) -> Path:
 
 
 def run_folder(resume: str | None) -> Path:
-    """Where this run writes: the interrupted run's folder, or a new outputs/DATE/TIME that no other run holds."""
-    if resume is not None:
-        return interrupted_run(resume)
-    stem = OUTPUTS / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    """Where this run writes: the interrupted run's folder, or a new one."""
+    return new_folder(OUTPUTS) if resume is None else interrupted_run(resume)
+
+
+def new_folder(parent: Path) -> Path:
+    """A new folder `parent`/DATE/TIME that nothing else holds."""
+    stem = parent / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
         folder = stem.with_name(stem.name + suffix)
         try:

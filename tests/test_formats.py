@@ -63,8 +63,8 @@ PARTS = [{"type": "text", "text": "Look: "}, {"type": "image", "url": "x.png"}]
     [
         ({"prompt": "Q?", "response_a": "a", "response_b": "b", "winner": "tie"}, "a tie"),
         ({"question": "Q?", "answer_0": "a", "answer_1": "b", "score_0": 1, "score_1": 1}, "a tie"),
-        ({"prompt": "Q?", "chosen": None, "rejected": "b"}, "the chosen answer is missing"),
-        ({"prompt": "Q?", "chosen": float("nan"), "rejected": "b"}, "the chosen answer is missing"),
+        ({"prompt": "Q?", "chosen": None, "rejected": "b"}, "chosen is missing"),
+        ({"prompt": "Q?", "chosen": float("nan"), "rejected": "b"}, "chosen is missing"),
         ({"prompt": None, "chosen": "a b", "rejected": "b c"}, "without a question"),
         ({"chosen": "\n\nHuman: Q?\n\nAssistant: a", "rejected": "\n\nHuman: R?\n\nAssistant: b"}, "different prompts"),
         ({"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"}, "role 'tool'"),
