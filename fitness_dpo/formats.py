@@ -64,11 +64,13 @@ def _by_letter(answers: str) -> Callable[[Row], Sides]:
     def sides(row: Row) -> Sides:
         letters = {key[-1]: row[key] for key in row if re.fullmatch(answers + "[a-z]", key) and row[key] is not None}
         key = next(key for key in WINNER_KEYS if key in row)
-        verdict = re.sub(rf"model_|{answers}|\s", "", str(row[key]).lower())
+        verdict = re.sub(r"model|response|conversation|[\s_\[\]]", "", str(row[key]).lower())
         tiers = [tier.split("=") for tier in verdict.split(">")]
         named = [letter for tier in tiers for letter in tier]
-        if not set(named) <= letters.keys():
+        if "tie" in verdict:
             return []
+        if not set(named) <= letters.keys():
+            raise RowError(f"{key} names none of the answers")
         rest = [letter for letter in letters if letter not in named]
         places = [*tiers, rest] if len(named) == 1 else tiers
         return _ranked([(-place, letters[letter]) for place, tier in enumerate(places) for letter in tier])

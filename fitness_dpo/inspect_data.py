@@ -27,7 +27,7 @@ PERCENTILES = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
 
 
 def inspect(preferences: Preferences, template: "ChatTemplate", config: InspectConfig) -> Report:
-    """The report as plain data, JSON but for `lengths`: lengths are in tokens, `places` name the first rows concerned."""
+    """The report as plain data. Lengths are in tokens; `places` name the first rows concerned."""
     rows = [row for split in preferences.splits.values() for row in split]
     pairs = [template.pair_ids(row.prompt, row.chosen, row.rejected) for row in rows]
     limit = config.model.max_length_tokens

@@ -51,6 +51,7 @@ def test_a_ranking_gives_every_pair_the_widest_gap_first() -> None:
     assert [(pair.chosen, pair.rejected) for pair in tied] == [("b", "a"), ("b", "c")]
     best = read({key: value for key, value in row.items() if key != "Ranking"} | {"Best": "C"})
     assert [(pair.chosen, pair.rejected) for pair in best] == [("c", "a"), ("c", "b")]
+    assert read({"prompt": "Q?", "response_a": "a", "response_b": "b", "winner": "Response B"})[0].chosen == "b"
     assert len(read({"instruction": "Q?", "output": ["1st", "2nd", "3rd", "4th"]})) == 6
 
 
@@ -61,7 +62,8 @@ PARTS = [{"type": "text", "text": "Look: "}, {"type": "image", "url": "x.png"}]
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "Q?", "response_a": "a", "response_b": "b", "winner": "tie"}, "a tie"),
+        ({"prompt": "Q?", "response_a": "a", "response_b": "b", "winner": "tie (bothbad)"}, "a tie"),
+        ({"prompt": "Q?", "response_a": "a", "response_b": "b", "winner": "x"}, "winner names none of the answers"),
         ({"question": "Q?", "answer_0": "a", "answer_1": "b", "score_0": 1, "score_1": 1}, "a tie"),
         ({"prompt": "Q?", "chosen": None, "rejected": "b"}, "chosen is missing"),
         ({"prompt": "Q?", "chosen": float("nan"), "rejected": "b"}, "chosen is missing"),
