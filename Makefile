@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install train infer test test-slow lint format lock wheel clean
+.PHONY: help install data train infer test test-slow lint format lock wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -13,6 +13,9 @@ $(VENV)/installed: requirements.lock pyproject.toml scripts/install.sh
 	PYTHON=$(PYTHON) sh scripts/install.sh $(VENV)
 
 install: $(VENV)/installed ## create .venv with everything in it
+
+data: $(VENV)/installed ## report on the embedded preference set (ARGS="data.path=pairs.jsonl" on your own)
+	$(BIN)/python -m fitness_dpo.inspect_data $(ARGS)
 
 train: $(VENV)/installed ## train the quickstart recipe (ARGS="lora.r=32 ..." changes settings)
 	$(BIN)/python -m fitness_dpo.train experiment=quickstart $(ARGS)

@@ -93,6 +93,9 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], None]) -> No
     OmegaConf.register_new_resolver(
         "run_dir", lambda resume: str(runs.run_folder(resume)), replace=True, use_cache=True
     )
+    OmegaConf.register_new_resolver(
+        "new_folder", lambda parent: str(runs.new_folder(Path(parent))), replace=True, use_cache=True
+    )
 
     mistakes: list[Exception] = []
 
@@ -105,8 +108,9 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], None]) -> No
             mistakes.append(error)
             if runs.OUTPUTS.resolve() in folder.resolve().parents:
                 with contextlib.suppress(OSError):  # leave no empty run folder behind; one that holds something stays
-                    folder.rmdir()
-                    folder.parent.rmdir()
+                    while folder.resolve() != runs.OUTPUTS.resolve():
+                        folder.rmdir()
+                        folder = folder.parent
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach the except clause below instead of Hydra's own printer
     try:

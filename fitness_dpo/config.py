@@ -27,9 +27,35 @@ def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 @dataclass(slots=True, kw_only=True)
+class ColumnsConfig:
+    """Names of the columns of a file whose format is none of docs/formats.md; all null recognises the format."""
+
+    prompt: str | None = MISSING
+    chosen: str | None = MISSING
+    rejected: str | None = MISSING
+    system: str | None = MISSING
+
+    def __post_init__(self) -> None:
+        named = [name for name in (self.prompt, self.chosen, self.rejected) if name is not None]
+        _require(
+            len(named) == 3 or (not named and self.system is None),
+            "data.columns", self.named(), "name all three of prompt, chosen and rejected (system may be left out)",
+        )  # fmt: skip
+
+    def named(self) -> dict[str, str]:
+        """Our name -> the file's name, for those that are given."""
+        keys = ("prompt", "chosen", "rejected", "system")
+        return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
+
+
+@dataclass(slots=True, kw_only=True)
 class DataConfig:
     path: Any = MISSING
-    """A JSON or JSONL file, a folder of them, a hub dataset id, or a list of these. `fitness_qa` is the embedded set."""
+    """A file (JSON, JSONL, CSV, TSV, Parquet, each plain or .gz), a folder of them, a hub dataset id, a list of these, or
+    a mapping from these to weights: how often each training row is used, such as 2 or 0.5. `fitness_qa` is the embedded set."""
+    columns: ColumnsConfig = MISSING
+    own_splits: bool = MISSING
+    """Keep rows in the `split` they name; false sorts them by `seed` like rows that name none."""
     validation_size: float = MISSING
     """Share of the questions (below 1) or number of rows (1 and above) held out to watch training, where rows name no split."""
     test_size: float = MISSING
@@ -47,14 +73,22 @@ class DataConfig:
     ties: str = MISSING
     """A row whose chosen answer equals the rejected one: `drop` it (counted) or make it an `error`."""
     duplicates: str = MISSING
-    """A row seen before: `drop` it (counted), `keep` it, or make it an `error`."""
+    """A row seen before, or nearly so: `drop` it (counted), `keep` it, or make it an `error`."""
+    near_duplicate: float = MISSING
+    """From this similarity on two texts count as the same: the share of words and neighbouring words they have in common
+    (Jaccard), more than 0 and up to 1. Such questions never stand on two sides of a split."""
 
     def __post_init__(self) -> None:
-        paths = [self.path] if isinstance(self.path, str) else self.path
+        paths = list(self.path) if isinstance(self.path, (list, dict)) else [self.path]
         _require(
-            isinstance(paths, list) and bool(paths) and all(isinstance(p, str) and p for p in paths),
-            "data.path", self.path, "name a file, a folder, a hub dataset, or a list of these",
+            bool(paths) and all(isinstance(path, str) and path for path in paths),
+            "data.path", self.path, "name a file, a folder, a hub dataset, a list of these, or a mapping to weights",
         )  # fmt: skip
+        for path, weight in self.weights.items():
+            _require(
+                isinstance(weight, (int, float)) and not isinstance(weight, bool) and weight > 0,
+                f"data.path.{path}", weight, "use a weight of more than 0, such as 2 or 0.5",
+            )  # fmt: skip
         for key, size in (("validation_size", self.validation_size), ("test_size", self.test_size)):
             _require(size >= 0, f"data.{key}", size, "use a share below 1 or a number of rows")
             _require(
@@ -66,10 +100,16 @@ class DataConfig:
             _require(rows is None or rows >= 1, f"data.{key}", rows, "use 1 or more, or null for all")
         _one_of("data.ties", self.ties, ("drop", "error"))
         _one_of("data.duplicates", self.duplicates, ("drop", "keep", "error"))
+        _require(
+            0 < self.near_duplicate <= 1, "data.near_duplicate", self.near_duplicate, "use more than 0 and up to 1"
+        )
 
     @property
-    def paths(self) -> list[str]:
-        return [self.path] if isinstance(self.path, str) else list(self.path)
+    def weights(self) -> dict[str, float]:
+        """How often each training row of each path is used."""
+        if isinstance(self.path, dict):
+            return self.path
+        return dict.fromkeys([self.path] if isinstance(self.path, str) else self.path, 1)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -312,8 +352,16 @@ class InferConfig:
     sampling: SamplingConfig = MISSING
 
 
+@dataclass(slots=True, kw_only=True)
+class InspectConfig:
+    data: DataConfig = MISSING
+    model: ModelConfig = MISSING
+    """Its tokenizer counts the tokens and renders the examples; no weights are loaded."""
+
+
 def register() -> None:
     """Make the shapes known to Hydra, under the names the root YAML files build on."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="infer_schema", node=InferConfig)
+    store.store(name="inspect_schema", node=InspectConfig)

@@ -32,10 +32,10 @@ RECORDED_PACKAGES = (
 Schema = TypeVar("Schema")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one, never a part."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part. Text becomes UTF-8."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
     beside.replace(path)
 
 
@@ -74,10 +74,13 @@ def interrupted_run(name: str) -> Path:
 
 
 def run_folder(resume: str | None) -> Path:
-    """Where this run writes: the interrupted run's folder, or a new outputs/DATE/TIME that no other run holds."""
-    if resume is not None:
-        return interrupted_run(resume)
-    stem = OUTPUTS / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    """Where this run writes: the interrupted run's folder, or a new one."""
+    return new_folder(OUTPUTS) if resume is None else interrupted_run(resume)
+
+
+def new_folder(parent: Path) -> Path:
+    """A new folder `parent`/DATE/TIME that nothing else holds."""
+    stem = parent / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
         folder = stem.with_name(stem.name + suffix)
         try:

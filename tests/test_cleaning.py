@@ -102,15 +102,8 @@ def test_json_lines_with_a_byte_order_mark_load(load: Load) -> None:
     assert load("\ufeff" + "\n".join(map(json.dumps, PAIRS))).read == len(PAIRS)
 
 
-def test_the_embedded_set_is_whole() -> None:
+def test_the_embedded_set_is_whole(compose_train: Callable[..., TrainConfig]) -> None:
     """660 pairs, none dropped, splits as large as the data card says."""
-    from fitness_dpo.config import DataConfig
-
-    whole = load_preferences(
-        DataConfig(
-            path="fitness_qa", validation_size=0, test_size=0, max_rows=None, max_validation_rows=None, seed=0,
-            system_prompt=None, standardise=True, ties="error", duplicates="error",
-        )
-    )  # fmt: skip
+    whole = load_preferences(compose_train("data.ties=error", "data.duplicates=error").data)
     assert {name: len(rows) for name, rows in whole.splits.items()} == {"train": 442, "validation": 77, "test": 141}
     assert not whole.dropped
