@@ -93,7 +93,7 @@ def parse_rows(name: str, content: bytes) -> Iterable[tuple[Place, Any]]:
     if content.startswith(b"version https://git-lfs"):
         raise InputError(f"{name}: a Git LFS pointer, not the data itself; run git lfs pull")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        content = content.decode("utf-16").encode()
+        raise InputError(f"{name}: UTF-16 text; save it as UTF-8")
     content = content.removeprefix(codecs.BOM_UTF8)
     first = re.search(rb"\S", content)
     if first is None:

@@ -4,10 +4,12 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,7 +77,8 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
             try:
-                build(beside)
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
+                    apart.submit(build, beside).result()  # transformers must not be imported here before unsloth is
                 weights = {file.name: sha256(file) for file in beside.glob("*.safetensors")}
                 (beside / MANIFEST).write_text(json.dumps(weights), encoding="utf-8")
                 beside.rename(folder)

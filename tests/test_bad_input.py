@@ -27,6 +27,7 @@ def one_line(verb: str, *arguments: str, cwd: Path) -> str:
         ("cut.json", b'[{"question": "a"', "not JSON"),
         ("cut.jsonl", b'{"question": "a", "chosen": "b", "rejected": "c"}\n{"ques', "line 2: not JSON"),
         ("lfs.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a Git LFS pointer"),
+        ("utf16.json", json.dumps(PAIRS).encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         ("latin1.json", '[{"question": "Café?"}]'.encode("latin-1"), "is not UTF-8"),
         ("keys.json", b'[{"ask": "a", "answer": "b"}]', "one answer each, none rejected (columns found: answer, ask)"),
         (

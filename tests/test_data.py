@@ -83,7 +83,6 @@ CONTENTS = {
     "json lines": LINES.encode(),
     "json lines with CRLF, blank lines and no last line end": LINES.replace("\n", "\r\n\r\n").rstrip().encode(),
     "byte order mark": LINES.encode("utf-8-sig"),
-    "utf-16": LINES.encode("utf-16"),
     "csv": as_table(","),
     "csv with semicolons, CRLF and quotes": as_table(";", "\r\n", csv.QUOTE_ALL),
     "tsv with byte order mark": b"\xef\xbb\xbf" + as_table("\t"),
