@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,13 +34,13 @@ def test_two_processes_at_once_build_one_model_and_a_damaged_one_is_built_again(
 def test_the_embedded_smollm2_is_whole_and_ends_its_turns() -> None:
     folder = locate("embedded:smollm2-135m-instruct", None)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert model.num_parameters() == 134_515_008
     assert model.dtype == torch.bfloat16
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert model.generation_config.eos_token_id == 2
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
-    prompt = tokenizer.apply_chat_template(
+    prompt: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
     )
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
