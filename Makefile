@@ -18,7 +18,7 @@ data: $(VENV)/installed ## report on the embedded preference set (ARGS="data.pat
 	$(BIN)/python -m fitness_dpo.inspect_data $(ARGS)
 
 train: $(VENV)/installed ## train the quickstart recipe (ARGS="lora.r=32 ..." changes settings)
-	$(BIN)/python -m fitness_dpo.train experiment=quickstart $(ARGS)
+	$(BIN)/python -m fitness_dpo.train $(if $(findstring resume=,$(ARGS)),,experiment=quickstart) $(ARGS)
 
 infer: $(VENV)/installed ## ask the newest run: make infer Q="How often should I train legs?"; without Q, talk with it
 	@if [ -n "$$Q" ]; then printf '%s\n' "$$Q" | $(BIN)/python -m fitness_dpo.infer $(ARGS); \

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fitness_dpo import runs
-from fitness_dpo.config import LoggingConfig
+from fitness_dpo.config import DataConfig, LoggingConfig
 from fitness_dpo.inference import ask, generate
 from fitness_dpo.model import Policy
 from fitness_dpo.tracking import log_samples
@@ -19,12 +19,12 @@ from fitness_dpo.tracking import log_samples
 class Samples(TrainerCallback):
     """Answers the fixed questions before, during and after training, into samples.jsonl, a wandb table and the console."""
 
-    def __init__(
-        self, policy: Policy, config: LoggingConfig, system_prompt: str | None, run: Path, console: Console
-    ) -> None:
+    def __init__(self, policy: Policy, config: LoggingConfig, data: DataConfig, run: Path, console: Console) -> None:
         self.policy, self.config, self.console = policy, config, console
         self.file = run / runs.SAMPLES
-        self.prompts = [ask(question, system_prompt) for question in config.sample_prompts]
+        self.prompts = [
+            ask(question, data.system_prompt, standardised=data.standardise) for question in config.sample_prompts
+        ]
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 

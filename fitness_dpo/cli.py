@@ -22,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fitness_dpo import config, runs
 
+TEXT_KEYS = ("prompt", "system_prompt", "data.system_prompt")
+
 
 def has_nvidia_gpu() -> bool:
     """Whether NVIDIA's driver offers a device to this process. Asks the driver itself: torch takes seconds to import."""
@@ -44,6 +46,16 @@ def setting_keys(schema: type, prefix: str = "") -> Iterator[str]:
         for kind in (field.type, *get_args(field.type)):
             if isinstance(kind, type) and dataclasses.is_dataclass(kind):
                 yield from setting_keys(kind, f"{prefix}{field.name}.")
+
+
+def quote_text(argument: str) -> str:
+    """A text setting's override with its value quoted for Hydra, whose grammar gives a meaning to , ' ( and others."""
+    key, _, value = argument.partition("=")
+    quoted = value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1
+    if key not in TEXT_KEYS or quoted or value == "null":
+        return argument
+    escaped = value.replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 def check_override_keys(arguments: list[str], schema: type) -> None:
@@ -97,6 +109,7 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], None]) -> No
         "new_folder", lambda parent: str(runs.new_folder(Path(parent))), replace=True, use_cache=True
     )
 
+    sys.argv[1:] = map(quote_text, sys.argv[1:])
     mistakes: list[Exception] = []
 
     def task(composed: DictConfig) -> None:

@@ -10,6 +10,17 @@ LOSS_TYPES = (
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
     "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
 )  # fmt: skip
+SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+)
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -173,6 +184,12 @@ class LoraConfig:
             names == "all-linear" or (isinstance(names, list) and bool(names) and all(isinstance(n, str) for n in names)),
             "lora.target_modules", names, "name at least one linear layer, such as [q_proj,v_proj], or all-linear",
         )  # fmt: skip
+        _require(
+            "lm_head" not in names,
+            "lora.target_modules",
+            names,
+            "leave lm_head out: TRL's loss reads its weight directly",
+        )
         _one_of("lora.bias", self.bias, ("none", "all", "lora_only"))
         _one_of("lora.init", self.init, ("default", "gaussian", "pissa", "olora", "orthogonal"))
 
@@ -189,7 +206,7 @@ class DpoConfig:
     loss_weights: list[float] | None = MISSING
     """One weight for each loss; null weighs them all 1."""
     label_smoothing: float = MISSING
-    """Share of labels taken to be flipped (robust, exo_pair)."""
+    """Share of labels taken to be flipped; only robust, exo_pair, aot and aot_unpaired use it."""
     precompute_reference: bool = MISSING
     """Compute the reference's log-probabilities once before training instead of at every step."""
     learning_rate: float = MISSING
@@ -234,6 +251,12 @@ class DpoConfig:
             self.label_smoothing > 0 or "exo_pair" not in self.loss_type,
             "dpo.label_smoothing", self.label_smoothing, "exo_pair wants more than 0, such as 1e-3",
         )  # fmt: skip
+        _require(
+            self.label_smoothing == 0 or not {*SMOOTHED_LOSSES}.isdisjoint(self.loss_type),
+            "dpo.label_smoothing", self.label_smoothing, f"only {', '.join(SMOOTHED_LOSSES)} use it; set it to 0",
+        )  # fmt: skip
+        _one_of("dpo.lr_scheduler", self.lr_scheduler, SCHEDULERS)
+        _one_of("dpo.optimizer", self.optimizer, OPTIMIZERS)
         _require(0 <= self.warmup_ratio < 1, "dpo.warmup_ratio", self.warmup_ratio, "use 0 or more and below 1")
         _require(self.weight_decay >= 0, "dpo.weight_decay", self.weight_decay, "use 0 or more")
         _require(self.max_grad_norm >= 0, "dpo.max_grad_norm", self.max_grad_norm, "use 0 or more")

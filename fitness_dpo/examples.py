@@ -48,7 +48,8 @@ def known_row(row: Any, columns: ColumnsConfig) -> tuple[Format, Row]:
     if named := columns.named():
         if not all(column in row for column in named.values()):
             raise RowError("without the columns of data.columns")
-        row = row | {key: row[column] for key, column in named.items()}
+        about = {key: row[key] for key in ("id", "topic", "flaw", "split", "contrast", "history") if key in row}
+        row = about | {key: row[column] for key, column in named.items()}
     else:
         row = {plain_key(key): value for key, value in row.items()}
     entry = recognise(row)
@@ -65,12 +66,13 @@ def to_example(where: str, row: Any, config: DataConfig) -> Example:
 def to_examples(where: str, entry: Format, row: Row, config: DataConfig, source: str = "") -> list[Example]:
     """The cleaned pairs of one row. Raises RowError with the reason it must be left out."""
     clean = standardise if config.standardise else str.strip
+    system_prompt = clean(config.system_prompt or "")
     split = SPLIT_NAME.match(str(row.get("split")).lower()) if config.own_splits else None
     examples = []
     for turns, *answers in entry.read(row):
         prompt = [{"role": role, "content": clean(content)} for role, content in turns]
-        if config.system_prompt and prompt[:1] and prompt[0]["role"] != "system":
-            prompt.insert(0, {"role": "system", "content": config.system_prompt.strip()})
+        if system_prompt and prompt[:1] and prompt[0]["role"] != "system":
+            prompt.insert(0, {"role": "system", "content": system_prompt})
         if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"]:
             raise RowError("without a question")
         chosen, rejected = (None if answer is None else clean(answer) for answer in answers)

@@ -54,13 +54,14 @@ def data_files(path: str) -> list[tuple[str, Traversable]] | None:
         inside = importlib.resources.files("fitness_dpo.fitness_qa").iterdir()
         rows = [file for file in inside if file.name.endswith(".json") and file.name != "facts.json"]
         return [(f"{EMBEDDED}/{file.name}", file) for file in sorted(rows, key=lambda file: file.name)]
-    if Path(path).is_dir():
-        files = sorted(file for file in Path(path).iterdir() if file.suffix in SUFFIXES)
+    here = Path(path).expanduser()
+    if here.is_dir():
+        files = sorted(file for file in here.iterdir() if file.suffix in SUFFIXES)
         if not files:
             raise InputError(f"data.path={path}: no {', '.join(SUFFIXES)} file in this folder; name another")
         return [(str(file), file) for file in files]
-    if Path(path).is_file():
-        return [(path, Path(path))]
+    if here.is_file():
+        return [(path, here)]
     if HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES):
         return None
     raise InputError(f"data.path={path}: no such file; check the path, or name a hub dataset as org/name")

@@ -14,10 +14,13 @@ from fitness_dpo.model import Policy
 from fitness_dpo.template import ChatTemplate
 
 
-def ask(question: str, system_prompt: str | None, history: tuple[Message, ...] = ()) -> list[Message]:
-    """The conversation that ends with `question`, its text cleaned as training rows are."""
-    system = [{"role": "system", "content": standardise(system_prompt)}] if system_prompt else []
-    return [*system, *history, {"role": "user", "content": standardise(question)}]
+def ask(
+    question: str, system_prompt: str | None, history: tuple[Message, ...] = (), *, standardised: bool = True
+) -> list[Message]:
+    """The conversation that ends with `question`, its text cleaned as `data.standardise` cleans training rows."""
+    clean = standardise if standardised else str.strip
+    system = [{"role": "system", "content": clean(system_prompt)}] if system_prompt else []
+    return [*system, *history, {"role": "user", "content": clean(question)}]
 
 
 def generate(policy: Policy, prompts: list[list[Message]], sampling: SamplingConfig) -> list[str]:
@@ -59,9 +62,14 @@ def stream(policy: Policy, prompt: list[Message], sampling: SamplingConfig) -> I
     worker.join()
 
 
+def prompt_length(policy: Policy, prompt: list[Message]) -> int:
+    """Tokens of the conversation up to the answer."""
+    return len(ChatTemplate(policy.tokenizer).prompt_ids(prompt))
+
+
 def check_window(policy: Policy, prompt: list[Message], max_length_tokens: int) -> None:
     """Raise InputError for a conversation that leaves no room to answer."""
-    length = len(ChatTemplate(policy.tokenizer).prompt_ids(prompt))
+    length = prompt_length(policy, prompt)
     if length >= max_length_tokens:
         raise InputError(
             f"prompt: {length} tokens fill model.max_length_tokens={max_length_tokens}; shorten it or raise the limit"

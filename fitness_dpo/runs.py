@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 from datetime import datetime
@@ -108,15 +109,13 @@ def load_config(run: Path, schema: type[Schema]) -> Schema:
 
 def provenance(fingerprints: dict[str, str]) -> dict[str, Any]:
     """What is needed to repeat a run beside its config: versions, commit, machine, the rows' fingerprints."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "packages": {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES if _installed(name)},
-        "commit": git.stdout.strip() or None,
+        "commit": git.strip() or None,
         "dataset": fingerprints,
     }
 

@@ -36,7 +36,11 @@ def train(config: TrainConfig, run: Path, console: Console) -> Metrics:
     from fitness_dpo.trainer import build_trainer
 
     recorded = runs.read_record(run) or runs.provenance(preferences.fingerprints()) | {"wandb_id": uuid.uuid4().hex[:8]}
-    samples, progress = Samples(policy, config.logging, config.data.system_prompt, run, console), ProgressBar(console)
+    if recorded["dataset"] != preferences.fingerprints():
+        raise InputError(
+            f"resume={run}: the rows of data.path={config.data.path} have changed since; put them back, or start anew"
+        )
+    samples, progress = Samples(policy, config.logging, config.data, run, console), ProgressBar(console)
     trainer = build_trainer(config, policy, preferences.splits, run, [samples, progress])
     runs.write_start(run, config, recorded)
     with wandb_run(config, run, recorded["wandb_id"]):
@@ -55,19 +59,19 @@ def summary(trainer: Any, progress: Any, preferences: Preferences) -> Metrics:
     """Figures of a finished run; `history` is every logged step as TRL named it."""
     history = [dict(entry) for entry in trainer.state.log_history]
     held_out = [entry for entry in history if "eval_loss" in entry]
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    tokens = next((entry["num_tokens"] for entry in reversed(history) if "loss" in entry and "num_tokens" in entry), 0)
-    steps = len(progress.step_seconds)  # of this process: a resumed run counts its own
+    logged = [entry for entry in history if "loss" in entry]
+    seconds = progress.step_seconds  # of this process: a resumed run counts its own, none if only the end was missing
     pairs = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
-    typical = statistics.median(progress.step_seconds)  # the first steps warm up
+    typical = statistics.median(seconds) if seconds else None  # the first steps warm up
     return {
         "steps": trainer.state.global_step,
-        "loss": losses[-1] if losses else None,
+        "loss": logged[-1]["loss"] if logged else None,
+        "loss_step": logged[-1]["step"] if logged else None,
         "before": held_out[0] if held_out else None,
         "after": held_out[-1] if held_out else None,
-        "seconds": round(sum(progress.step_seconds), 1),
-        "pairs_per_second": round(pairs / typical, 2),
-        "tokens_per_second": round(tokens / steps / typical, 1),
+        "seconds": round(sum(seconds), 1),
+        "pairs_per_second": round(pairs / typical, 2) if typical else None,
+        "tokens_per_second": round(trainer._total_train_tokens / len(seconds) / typical, 1) if typical else None,
         "peak_memory_gib": round(peak_memory_bytes() / 2**30, 2),
         "rows": {
             "read": preferences.read,
@@ -99,14 +103,14 @@ def closing(metrics: Metrics, run: Path) -> Table:
     table = Table(title="trained", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     before, after = metrics["before"] or {}, metrics["after"] or {}
     loss = metrics["loss"]
-    table.add_row("loss", "none logged" if loss is None else f"{loss:.3f} at step {metrics['steps']}")
+    table.add_row(
+        "loss", "none logged" if loss is None else f"{loss:.3f} at step {metrics['loss_step']} of {metrics['steps']}"
+    )
     for name in ("rewards/accuracies", "rewards/margins"):
         if after:
             table.add_row(f"held-out {name}", f"{before[f'eval_{name}']:.3f} before, {after[f'eval_{name}']:.3f} after")
-    table.add_row(
-        "training",
-        f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s, {metrics['peak_memory_gib']:.2f} GiB peak",
-    )
+    speed = f", {metrics['tokens_per_second']:.0f} tokens/s" if metrics["tokens_per_second"] else ""
+    table.add_row("training", f"{metrics['seconds']:.0f} s{speed}, {metrics['peak_memory_gib']:.2f} GiB peak")
     table.add_row("run", os.path.relpath(run))
     table.add_row("next", 'python -m fitness_dpo.infer prompt="How often should I train legs?"')
     return table

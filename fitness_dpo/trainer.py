@@ -15,7 +15,7 @@ from fitness_dpo import runs
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.data import Example
 from fitness_dpo.logprobs import ChunkedLogProbs
-from fitness_dpo.model import Policy, load_base
+from fitness_dpo.model import Policy, compute_dtype, load_base
 from fitness_dpo.template import ChatTemplate
 
 
@@ -119,7 +119,7 @@ def build_trainer(
     trainer = PreferenceTrainer(
         model=policy.model,
         ref_model=reference,
-        args=trl.DPOConfig(**dpo_arguments(config, run, policy.model.dtype, validate=validate)),
+        args=trl.DPOConfig(**dpo_arguments(config, run, compute_dtype(config.model.dtype), validate=validate)),
         train_dataset=rows,
         eval_dataset=validation.rows if validate else None,
         processing_class=policy.tokenizer,

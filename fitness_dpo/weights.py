@@ -39,10 +39,11 @@ def locate(name: str, revision: str | None) -> str:
         if build is None:
             raise InputError(f"model.name={name}: choose one of {', '.join(EMBEDDED_PREFIX + key for key in builders)}")
         return str(cached(name.removeprefix(EMBEDDED_PREFIX), build))
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
             raise InputError(f"model.name={name}: no config.json in this folder; name a folder with a whole model")
-        return name
+        return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model.name={name}: no such folder; check the path")
     require_on_hub(name, revision)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 from trl import DPOConfig
 
 from fitness_dpo.cli import setting_keys
-from fitness_dpo.config import LOSS_TYPES, TrainConfig
+from fitness_dpo.config import LOSS_TYPES, OPTIMIZERS, SCHEDULERS, SMOOTHED_LOSSES, TrainConfig
 from fitness_dpo.trainer import dpo_arguments
 from tests.conftest import ROOT, run_verb
 
@@ -30,9 +32,17 @@ def test_every_choice_composes_and_fits_dpo_config(choice: str, compose_train: C
 
 @pytest.mark.parametrize("loss", LOSS_TYPES)
 def test_every_loss_of_trl_is_a_choice(loss: str, compose_train: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    config = compose_train(f"dpo.loss_type=[{loss},sft]", "dpo.loss_weights=[1.0,0.2]", "dpo.label_smoothing=0.01")
+    smoothing = 0.01 if loss in SMOOTHED_LOSSES else 0
+    config = compose_train(
+        f"dpo.loss_type=[{loss},sft]", "dpo.loss_weights=[1.0,0.2]", f"dpo.label_smoothing={smoothing}"
+    )
     arguments = DPOConfig(**dpo_arguments(config, tmp_path, torch.float32, validate=False) | {"report_to": []})
     assert (arguments.loss_type, arguments.loss_weights) == ([loss, "sft"], [1.0, 0.2])
+
+
+def test_every_scheduler_and_optimizer_is_one_of_transformers() -> None:
+    assert set(SCHEDULERS) <= {kind.value for kind in SchedulerType}
+    assert set(OPTIMIZERS) <= {kind.value for kind in OptimizerNames}
 
 
 def test_every_setting_has_a_default_in_conf(compose_train: Callable[..., TrainConfig]) -> None:
@@ -55,6 +65,8 @@ def test_every_setting_has_a_default_in_conf(compose_train: Callable[..., TrainC
         ("lora.target_modules=[]", "lora.target_modules=[]: name at least one linear layer"),
         ("dpo.loss_type=[sigmod]", "dpo.loss_type=sigmod: choose one of sigmoid"),
         ("model.dtype=float8", "model.dtype=float8: choose one of auto, bfloat16"),
+        ("dpo.lr_scheduler=cosin", "dpo.lr_scheduler=cosin: choose one of linear, cosine"),
+        ("dpo.label_smoothing=0.1", "only robust, exo_pair, aot, aot_unpaired use it; set it to 0"),
         ("data.path=[]", "data.path=[]: name a file"),
     ],
 )

@@ -45,8 +45,9 @@ def test_the_same_seed_gives_the_same_numbers(trained: Path, pairs_file: Path, t
 
 def test_infer_answers_from_the_newest_run_and_from_standard_input(trained: Path) -> None:
     home = trained.parents[2]
-    asked = run_verb("infer", 'prompt="How often should I squat?"', "sampling.max_new_tokens=8", cwd=home)
-    piped = run_verb("infer", "sampling.max_new_tokens=8", cwd=home, stdin="How often should I squat?\n")
+    question = """I'm 62 (no "gym", 2,5 kg bands); can I squat = fine!"""
+    asked = run_verb("infer", f"prompt={question}", "sampling.max_new_tokens=8", cwd=home)
+    piped = run_verb("infer", "sampling.max_new_tokens=8", cwd=home, stdin=f"{question}\n")
     assert asked.returncode == piped.returncode == 0, asked.stderr + piped.stderr
     assert asked.stdout == piped.stdout != ""
     assert list(home.iterdir()) == [home / "outputs"], "asking leaves nothing behind"
