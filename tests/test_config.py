@@ -13,7 +13,8 @@ from transformers.training_args import OptimizerNames
 from trl import DPOConfig
 
 from fitness_dpo.cli import setting_keys
-from fitness_dpo.config import LOSS_TYPES, OPTIMIZERS, SCHEDULERS, SMOOTHED_LOSSES, TrainConfig
+from fitness_dpo.config import TrainConfig
+from fitness_dpo.config.dpo import LOSS_TYPES, OPTIMIZERS, SCHEDULERS, SMOOTHED_LOSSES
 from fitness_dpo.trainer import dpo_arguments
 from tests.conftest import ROOT, run_verb
 

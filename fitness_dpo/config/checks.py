@@ -1,0 +1,14 @@
+"""What every setting's check is made of. Imports no torch."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one line: the key or file, the value, the mend."""
+
+
+def require(holds: bool, key: str, value: object, mend: str) -> None:
+    if not holds:
+        raise InputError(f"{key}={value}: {mend}")
+
+
+def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, key, value, f"choose one of {', '.join(choices)}")

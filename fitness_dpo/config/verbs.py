@@ -1,0 +1,60 @@
+"""What each verb takes: the roots conf/config.yaml, conf/infer.yaml and their like."""
+
+from dataclasses import dataclass
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from fitness_dpo.config.checks import require
+from fitness_dpo.config.data import DataConfig
+from fitness_dpo.config.dpo import DpoConfig
+from fitness_dpo.config.logging import LoggingConfig, SamplingConfig
+from fitness_dpo.config.model import LoraConfig, ModelConfig, ModelOverrides
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainConfig:
+    data: DataConfig = MISSING
+    model: ModelConfig = MISSING
+    lora: LoraConfig = MISSING
+    dpo: DpoConfig = MISSING
+    logging: LoggingConfig = MISSING
+    resume: str | None = MISSING
+    """`latest` or the folder of an interrupted run to go on with; null starts a new one."""
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.model.load_in_4bit and self.lora.init in ("pissa", "olora")),
+            "lora.init", self.lora.init, "needs 16-bit weights to split; set model.load_in_4bit=false",
+        )  # fmt: skip
+        require(
+            not (self.lora.use_dora and self.lora.init in ("pissa", "olora")),
+            "lora.init", self.lora.init, "cannot be saved with lora.use_dora=true; set lora.init=default",
+        )  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class InferConfig:
+    run: str = MISSING
+    """`latest` or a run folder."""
+    prompt: str | None = MISSING
+    """The question; null opens a conversation in a terminal."""
+    system_prompt: str | None = MISSING
+    """Replaces the run's system prompt; null keeps it."""
+    model: ModelOverrides = MISSING
+    sampling: SamplingConfig = MISSING
+
+
+@dataclass(slots=True, kw_only=True)
+class InspectConfig:
+    data: DataConfig = MISSING
+    model: ModelConfig = MISSING
+    """Its tokenizer counts the tokens and renders the examples; no weights are loaded."""
+
+
+def register() -> None:
+    """Make the shapes known to Hydra, under the names the root YAML files build on."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="infer_schema", node=InferConfig)
+    store.store(name="inspect_schema", node=InspectConfig)
