@@ -96,7 +96,8 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], None]) -> No
     A mistake in the input ends with exit status 2 and one line on stderr, nothing else. FITNESS_DPO_TRACEBACK=1 shows
     where it was raised.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings speak to programmers
+    for library, level in (("TRANSFORMERS", "error"), ("HF_HUB", "error"), ("DATASETS", "critical")):
+        os.environ.setdefault(f"{library}_VERBOSITY", level)  # their warnings speak to programmers
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

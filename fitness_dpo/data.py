@@ -121,8 +121,6 @@ def read_examples(
     for file, tally in formats.items():
         if not tally:
             raise InputError(refusal(file, unknown[file], config.columns))
-    if not read:
-        raise InputError(f"data.path={config.path}: holds no rows; give some")
     return pair_up(examples, dropped), read, {file: dict(tally) for file, tally in formats.items()}
 
 

@@ -1,6 +1,7 @@
 """Files -> rows: JSON, JSON lines, CSV, TSV and Parquet, plain or gzipped, told apart by content. Imports no torch."""
 
 import codecs
+import contextlib
 import csv
 import gzip
 import importlib.resources
@@ -20,7 +21,8 @@ from fitness_dpo.formats import has_one_answer, plain_key, recognise
 
 EMBEDDED = "fitness_qa"
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+HUB_TIMEOUT_SECONDS = 5
 
 
 class Place(NamedTuple):
@@ -36,16 +38,26 @@ class Place(NamedTuple):
 def read_rows(path: str) -> Iterator[tuple[Place, Any]]:
     """Every row of a file, a folder of files, a hub dataset or the embedded set, with where it stands.
 
-    Raises InputError for a file that is missing, damaged or of another kind.
+    Raises InputError for a file that is missing, empty, damaged or of another kind.
     """
     files = data_files(path)
     if files is None:
-        yield from read_hub_rows(path)
+        yield from some_rows(path, read_hub_rows(path))
     for name, file in files or []:
         try:
-            yield from parse_rows(name, file.read_bytes())
+            yield from some_rows(name, parse_rows(name, file.read_bytes()))
         except UnicodeDecodeError as error:
             raise InputError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+
+
+def some_rows(name: str, rows: Iterable[tuple[Place, Any]]) -> Iterator[tuple[Place, Any]]:
+    """The rows themselves. Raises InputError where there is none: one empty file among several must not pass unseen."""
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise InputError(f"{name}: holds no rows; give some, or leave it out")
 
 
 def data_files(path: str) -> list[tuple[str, Traversable]] | None:
@@ -68,14 +80,34 @@ def data_files(path: str) -> list[tuple[str, Traversable]] | None:
 
 
 def read_hub_rows(name: str) -> Iterator[tuple[Place, Any]]:
+    """The rows of `org/name`, or of its subset `org/name:subset`, each with the split it stands in. HF_HUB_OFFLINE=1 takes the copy
+    that an earlier load left in the hub's cache."""
     import datasets
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    repository, _, subset = name.partition(":")
     try:
-        splits = datasets.load_dataset(name)
-    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        with contextlib.suppress(OfflineModeIsEnabled):
+            HfApi().dataset_info(repository, timeout=HUB_TIMEOUT_SECONDS)  # load_dataset would try for half a minute
+        splits = datasets.load_dataset(repository, subset or None)
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        httpx.HTTPError,
+        ConnectionError,
+        datasets.exceptions.DatasetNotFoundError,
+    ) as error:
         raise InputError(
-            f"data.path={name}: neither a file here nor reachable on the hub ({type(error).__name__}); "
-            "check the name and the network, or give a file"
+            f"data.path={name}: neither a file here nor reachable on the hub ({type(error).__name__}); check the name and the "
+            "network, or give a file (HF_HUB_OFFLINE=1 takes a cached copy)"
+        ) from error
+    except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise InputError(
+            f"data.path={name}: the hub's dataset cannot be read ({reason}); choose a subset with data.path={repository}:SUBSET, "
+            "or fetch its files and give them"
         ) from error
     for split, rows in splits.items():
         for number, row in enumerate(rows):

@@ -153,6 +153,17 @@ def test_one_plain_file_among_pairs_is_refused_by_name(tmp_path: Path, load: Loa
         load([str(pairs), str(plain)])
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"data": []}', "prompt,chosen,rejected\n"])
+def test_one_empty_file_among_pairs_is_refused_by_name(content: str, tmp_path: Path, load: Load) -> None:
+    write(tmp_path / "pairs.jsonl", ROWS)
+    (tmp_path / "empty.json").write_text(content)
+    for path in (tmp_path, [str(tmp_path / "pairs.jsonl"), str(tmp_path / "empty.json")]):
+        with pytest.raises(
+            InputError, match=r"/empty\.json: (the file is empty|holds no rows|no row of a known format)"
+        ):
+            load(path)
+
+
 def test_columns_map_any_other_file(tmp_path: Path, load: Load) -> None:
     row = {"sys": "Be kind.", "my q": "How often?", "good": "Twice a week.", "bad": "Never."}
     columns = ColumnsConfig(prompt="my q", chosen="good", rejected="bad", system="sys")
