@@ -92,9 +92,13 @@ def answering(model: Any, sampling: SamplingConfig) -> Iterator[None]:
 
 def _generation_config(policy: Policy, sampling: SamplingConfig) -> GenerationConfig:
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.do_sample else {}
-    known = policy.model.generation_config.eos_token_id
-    ends = {policy.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
     return GenerationConfig(
         do_sample=sampling.do_sample, max_new_tokens=sampling.max_new_tokens, use_cache=True,
-        eos_token_id=sorted(ends), pad_token_id=policy.tokenizer.pad_token_id, **drawn,
+        eos_token_id=end_tokens(policy), pad_token_id=policy.tokenizer.pad_token_id, **drawn,
     )  # fmt: skip
+
+
+def end_tokens(policy: Policy) -> list[int]:
+    """The tokens that end an answer: the tokenizer's and those the model's own settings name."""
+    known = policy.model.generation_config.eos_token_id
+    return sorted({policy.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None})

@@ -58,6 +58,8 @@ def finished_run(name: str) -> Path:
         return run
     if not (Path(name) / CONFIG).is_file():
         raise InputError(f"run={name}: no {CONFIG} there, so it is no run folder; give one, such as outputs/DATE/TIME")
+    if not (Path(name) / METRICS).is_file():
+        raise InputError(f"run={name}: not finished, no {METRICS} there; wait for its end, or go on with resume={name}")
     return Path(name)
 
 
@@ -139,3 +141,8 @@ def read_record(run: Path) -> dict[str, Any] | None:
     """What write_start recorded, for a run that is resumed."""
     file = run / RECORD
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def run_id(run: Path) -> str | None:
+    """What tells this run from every other, wherever its folder was moved."""
+    return (read_record(run) or {}).get("wandb_id")

@@ -1,0 +1,56 @@
+"""A folder that is written whole or not at all, and never over what somebody else wrote. Imports no torch."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fitness_dpo.config import InputError
+
+MARK = "export.json"
+
+
+@contextmanager
+def new_folder(folder: Path, mark: dict[str, Any]) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its place at the end; after an error nothing of it is left.
+
+    `mark` is written into it as export.json. A folder that is there already is replaced only if its own mark names the
+    same run. Raises InputError where it holds anything else.
+    """
+    require_own(folder, mark)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield beside
+        (beside / MARK).write_text(json.dumps(mark, indent=1), encoding="utf-8")
+        beside.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def require_own(folder: Path, mark: dict[str, Any]) -> None:
+    """Raise InputError unless `folder` is absent, empty, or an earlier export of the same run."""
+    if folder.is_file():
+        raise InputError(f"output={folder}: a file; name a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    file = folder / MARK
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if found.get("run_id") is None or found["run_id"] != mark["run_id"]:
+        raise InputError(f"output={folder}: holds what is no export of this run; name another folder, or empty it")
+
+
+def require_room(folder: Path, needed_bytes: int) -> None:
+    """Raise InputError unless the disk that `folder` is to be on has `needed_bytes` free."""
+    there = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes:
+        raise InputError(
+            f"output={folder}: needs {needed_bytes / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free; "
+            "free some, or name a folder on another disk"
+        )
