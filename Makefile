@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train infer test test-slow lint format lock wheel clean
+.PHONY: help install data train evaluate infer test test-slow lint format lock wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -19,6 +19,9 @@ data: $(VENV)/installed ## report on the embedded preference set (ARGS="data.pat
 
 train: $(VENV)/installed ## train the quickstart recipe (ARGS="lora.r=32 ..." changes settings)
 	$(BIN)/python -m fitness_dpo.train $(if $(findstring resume=,$(ARGS)),,experiment=quickstart) $(ARGS)
+
+evaluate: $(VENV)/installed ## is the newest run better than its base? (ARGS="gate.enabled=true" fails where it is not)
+	$(BIN)/python -m fitness_dpo.evaluate $(ARGS)
 
 infer: $(VENV)/installed ## ask the newest run: make infer Q="How often should I train legs?"; without Q, talk with it
 	@if [ -n "$$Q" ]; then printf '%s\n' "$$Q" | $(BIN)/python -m fitness_dpo.infer $(ARGS); \

@@ -89,9 +89,9 @@ def one_line(error: Exception) -> str:
     return " ".join(lines)
 
 
-def verb(config_name: str, schema: type, run: Callable[[Any, Path], None]) -> None:
+def verb(config_name: str, schema: type, run: Callable[[Any, Path], int | None]) -> None:
     """Compose conf/`config_name`.yaml with the command line, build `schema` from it and call
-    `run(config, run_folder)`.
+    `run(config, run_folder)`, whose result, if it gives one, is the exit status.
 
     A mistake in the input ends with exit status 2 and one line on stderr, nothing else. FITNESS_DPO_TRACEBACK=1 shows
     where it was raised.
@@ -112,12 +112,14 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], None]) -> No
 
     sys.argv[1:] = map(quote_text, sys.argv[1:])
     mistakes: list[Exception] = []
+    status = 0
 
     def task(composed: DictConfig) -> None:
+        nonlocal status
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
             OmegaConf.resolve(composed)
-            run(OmegaConf.to_object(composed), folder)
+            status = run(OmegaConf.to_object(composed), folder) or 0
         except (config.InputError, OmegaConfBaseException) as error:
             mistakes.append(error)
             if runs.OUTPUTS.resolve() in folder.resolve().parents:
@@ -138,4 +140,4 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], None]) -> No
         print(f"error: {one_line(mistake)}", file=sys.stderr)  # noqa: T201
     if mistakes and os.environ.get("FITNESS_DPO_TRACEBACK") == "1":
         raise mistakes[0]
-    sys.exit(2 if mistakes else 0)
+    sys.exit(2 if mistakes else status)

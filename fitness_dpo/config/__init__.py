@@ -4,11 +4,13 @@ Imports no torch."""
 from fitness_dpo.config.checks import InputError
 from fitness_dpo.config.data import ColumnsConfig, DataConfig
 from fitness_dpo.config.dpo import DpoConfig
+from fitness_dpo.config.evaluate import EvaluateConfig, GateConfig, JudgeConfig
 from fitness_dpo.config.logging import LoggingConfig, SamplingConfig, WandbConfig
 from fitness_dpo.config.model import LoraConfig, ModelConfig, ModelOverrides
 from fitness_dpo.config.verbs import InferConfig, InspectConfig, TrainConfig, register
 
 __all__ = [
-    "ColumnsConfig", "DataConfig", "DpoConfig", "InferConfig", "InputError", "InspectConfig", "LoggingConfig", "LoraConfig",
-    "ModelConfig", "ModelOverrides", "SamplingConfig", "TrainConfig", "WandbConfig", "register",
+    "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "GateConfig", "InferConfig", "InputError",
+    "InspectConfig", "JudgeConfig", "LoggingConfig", "LoraConfig", "ModelConfig", "ModelOverrides", "SamplingConfig",
+    "TrainConfig", "WandbConfig", "register",
 ]  # fmt: skip

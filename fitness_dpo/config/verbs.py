@@ -8,6 +8,7 @@ from omegaconf import MISSING
 from fitness_dpo.config.checks import require
 from fitness_dpo.config.data import DataConfig
 from fitness_dpo.config.dpo import DpoConfig
+from fitness_dpo.config.evaluate import EvaluateConfig
 from fitness_dpo.config.logging import LoggingConfig, SamplingConfig
 from fitness_dpo.config.model import LoraConfig, ModelConfig, ModelOverrides
 
@@ -56,5 +57,6 @@ def register() -> None:
     """Make the shapes known to Hydra, under the names the root YAML files build on."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="infer_schema", node=InferConfig)
     store.store(name="inspect_schema", node=InspectConfig)

@@ -1,0 +1,1 @@
+"""Holds the embedded quiz and safety prompts; a package so that they ship in the wheel."""
