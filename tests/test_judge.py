@@ -20,7 +20,7 @@ import pytest
 from fitness_dpo.config import InputError, JudgeConfig
 from fitness_dpo.items import Items
 from fitness_dpo.judge import Judge, Missing, judge_all, judgement, length_controlled, parse
-from fitness_dpo.weights import cached, convert_smollm2
+from fitness_dpo.weights import locate
 
 pytest.importorskip("openai")
 
@@ -191,7 +191,7 @@ def test_length_is_taken_out_of_the_win_rate() -> None:
 @pytest.mark.slow
 def test_transformers_serve_with_the_embedded_model(tmp_path: Path) -> None:
     """A real server and a weak judge: whatever it says, each comparison ends as a verdict or is counted as missing."""
-    folder = cached("smollm2-135m-instruct", convert_smollm2)
+    folder = locate("embedded:smollm2-135m-instruct", None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -199,7 +199,7 @@ def test_transformers_serve_with_the_embedded_model(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
         serving = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         try:
-            judge = wait_for(f"http://127.0.0.1:{port}/v1", str(folder), serving)
+            judge = wait_for(f"http://127.0.0.1:{port}/v1", folder, serving)
             scores = judged(judge, tmp_path / "judge")
         finally:
             serving.terminate()

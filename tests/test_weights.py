@@ -1,5 +1,6 @@
 """The embedded models: converted once, however many ask at once, and again when the cached file is damaged."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,10 @@ def test_the_embedded_smollm2_is_whole_and_ends_its_turns() -> None:
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert model.generation_config.eos_token_id == 2
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    assert (backend["decoder"]["type"], backend["model"]["byte_fallback"]) == ("ByteLevel", False), "no SentencePiece"
+    text = "3 sets , 1,000 m\n\té 💪🏽"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     prompt: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
     )
