@@ -1,7 +1,6 @@
 """Runs a verb under Hydra and turns a user's mistake into one line. Imports no torch."""
 
 import contextlib
-import ctypes
 import dataclasses
 import difflib
 import logging
@@ -20,23 +19,14 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fitness_dpo import config, runs
+from fitness_dpo import config, runs, sweep
+from fitness_dpo.gpus import gpu_count
 
 TEXT_KEYS = ("prompt", "system_prompt", "data.system_prompt")
 
 
-def has_nvidia_gpu() -> bool:
-    """Whether NVIDIA's driver offers a device to this process. Asks the driver itself: torch takes seconds to import."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-
-
 def default_model() -> str:
-    return "qwen3_0.6b" if has_nvidia_gpu() else "smollm2_135m"
+    return "qwen3_0.6b" if gpu_count() else "smollm2_135m"
 
 
 def setting_keys(schema: type, prefix: str = "") -> Iterator[str]:
@@ -73,6 +63,8 @@ def check_override_keys(arguments: list[str], schema: type) -> None:
 
 def one_line(error: Exception) -> str:
     """The error as a single line that names the key, the value and the mend."""
+    if isinstance(error.__cause__, config.InputError):  # raised by a resolver
+        return one_line(error.__cause__)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         options = [option for option in error.options if option != "__init__"]
@@ -108,6 +100,9 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], int | None])
     )
     OmegaConf.register_new_resolver(
         "new_folder", lambda parent: str(runs.new_folder(Path(parent))), replace=True, use_cache=True
+    )
+    OmegaConf.register_new_resolver(
+        "sweep_dir", lambda resume: str(sweep.folder_to_fill(resume)), replace=True, use_cache=True
     )
 
     sys.argv[1:] = map(quote_text, sys.argv[1:])

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from fitness_dpo.config import InputError
 
 OUTPUTS = Path("outputs")
-CONFIG, RECORD, METRICS, SAMPLES, ADAPTER, CHECKPOINTS = (
-    "config.yaml", "versions.json", "metrics.json", "samples.jsonl", "adapter", "checkpoints",
+CONFIG, RECORD, METRICS, SAMPLES, ADAPTER, CHECKPOINTS, PROGRESS = (
+    "config.yaml", "versions.json", "metrics.json", "samples.jsonl", "adapter", "checkpoints", "progress.json",
 )  # fmt: skip
 RECORDED_PACKAGES = (
     "torch",
@@ -64,11 +64,13 @@ def finished_run(name: str) -> Path:
 
 
 def interrupted_run(name: str) -> Path:
-    """The folder to go on with: `latest` is the newest run that has checkpoints and did not finish."""
-    unfinished = (
-        (run for run in all_runs() if not (run / METRICS).is_file()) if name == "latest" else iter([Path(name)])
-    )
-    run = next((run for run in unfinished if last_checkpoint(run) is not None), None)
+    """The folder to go on with: `latest` is the newest run that has checkpoints and did not finish. One named by its path
+    may have no checkpoint yet; it starts over with its own settings."""
+    if name == "latest":
+        unfinished = (run for run in all_runs() if not (run / METRICS).is_file())
+        run = next((run for run in unfinished if last_checkpoint(run) is not None), None)
+    else:
+        run = Path(name) if (Path(name) / CONFIG).is_file() else None
     if run is None:
         raise InputError(f"resume={name}: no interrupted run with a checkpoint there; start anew without resume")
     if (run / METRICS).is_file():

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 from rich.table import Table
 
-from fitness_dpo import runs
+from fitness_dpo import plugins, runs
 from fitness_dpo.cli import verb
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.data import Preferences, load_preferences
@@ -32,6 +32,7 @@ def train(config: TrainConfig, run: Path, console: Console) -> Metrics:
     policy = load_policy(config.model, config.lora, config.dpo.seed)
 
     from fitness_dpo.callbacks import ProgressBar, Samples
+    from fitness_dpo.progress import ProgressFile
     from fitness_dpo.tracking import wandb_run
     from fitness_dpo.trainer import build_trainer
 
@@ -41,7 +42,7 @@ def train(config: TrainConfig, run: Path, console: Console) -> Metrics:
             f"resume={run}: the rows of data.path={config.data.path} have changed since; put them back, or start anew"
         )
     samples, progress = Samples(policy, config.logging, config.data, run, console), ProgressBar(console)
-    trainer = build_trainer(config, policy, preferences.splits, run, [samples, progress])
+    trainer = build_trainer(config, policy, preferences.splits, run, [samples, progress, ProgressFile(run)])
     runs.write_start(run, config, recorded)
     with wandb_run(config, run, recorded["wandb_id"]):
         checkpoint = runs.last_checkpoint(run)
@@ -117,8 +118,12 @@ def closing(metrics: Metrics, run: Path) -> Table:
 
 
 def main(config: TrainConfig, run: Path) -> None:
+    given = HydraConfig.get().overrides.task
+    lone = next((word for word in given if word.startswith("sweep.")), None)
+    if lone is not None:
+        raise InputError(f"{lone}: this is one run; add -m to make it a sweep")
     if config.resume is not None:
-        others = [word for word in HydraConfig.get().overrides.task if not word.startswith("resume=")]
+        others = [word for word in given if not word.startswith("resume=")]
         if others:
             raise InputError(
                 f"{' '.join(others)}: a resumed run keeps its own settings; leave this out, or start a new run without resume"
@@ -128,4 +133,5 @@ def main(config: TrainConfig, run: Path) -> None:
 
 
 if __name__ == "__main__":
+    plugins.register()
     verb("config", TrainConfig, main)

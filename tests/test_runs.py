@@ -58,23 +58,6 @@ def test_infer_asks_an_untuned_model_by_name(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_sweep_leaves_a_run_folder_for_each_value(pairs_file: Path, tmp_path: Path) -> None:
-    done = run_verb(
-        "train",
-        "-m",
-        "dpo.beta=0.05,0.1",
-        *TINY,
-        f"data.path={pairs_file}",
-        "logging.wandb.mode=disabled",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    runs = sorted((tmp_path / "outputs" / "multirun").glob("*/*/[0-9]"))
-    betas = [line for run in runs for line in (run / "config.yaml").read_text().splitlines() if "beta:" in line]
-    assert betas == ["  beta: 0.05", "  beta: 0.1"]
-    assert all((run / "metrics.json").is_file() for run in runs)
-
-
 def test_an_interrupted_run_goes_on_to_the_same_end(trained: Path, pairs_file: Path, tmp_path: Path) -> None:
     """A run whose end is cut off, back to its first checkpoint, ends with the adapter it had."""
     arguments = [*TINY, f"data.path={pairs_file}", "dpo.save_steps=1", "dpo.logging_steps=1"]

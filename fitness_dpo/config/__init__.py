@@ -7,10 +7,11 @@ from fitness_dpo.config.dpo import DpoConfig
 from fitness_dpo.config.evaluate import EvaluateConfig, GateConfig, JudgeConfig
 from fitness_dpo.config.logging import LoggingConfig, SamplingConfig, WandbConfig
 from fitness_dpo.config.model import LoraConfig, ModelConfig, ModelOverrides
-from fitness_dpo.config.verbs import InferConfig, InspectConfig, TrainConfig, register
+from fitness_dpo.config.sweep import SweepConfig
+from fitness_dpo.config.verbs import InferConfig, InspectConfig, LeaderboardConfig, TrainConfig, register
 
 __all__ = [
     "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "GateConfig", "InferConfig", "InputError",
-    "InspectConfig", "JudgeConfig", "LoggingConfig", "LoraConfig", "ModelConfig", "ModelOverrides", "SamplingConfig",
-    "TrainConfig", "WandbConfig", "register",
+    "InspectConfig", "JudgeConfig", "LeaderboardConfig", "LoggingConfig", "LoraConfig", "ModelConfig",
+    "ModelOverrides", "SamplingConfig", "SweepConfig", "TrainConfig", "WandbConfig", "register",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from fitness_dpo.config.dpo import DpoConfig
 from fitness_dpo.config.evaluate import EvaluateConfig
 from fitness_dpo.config.logging import LoggingConfig, SamplingConfig
 from fitness_dpo.config.model import LoraConfig, ModelConfig, ModelOverrides
+from fitness_dpo.config.sweep import SweepConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,6 +21,7 @@ class TrainConfig:
     lora: LoraConfig = MISSING
     dpo: DpoConfig = MISSING
     logging: LoggingConfig = MISSING
+    sweep: SweepConfig = MISSING
     resume: str | None = MISSING
     """`latest` or the folder of an interrupted run to go on with; null starts a new one."""
 
@@ -53,6 +55,12 @@ class InspectConfig:
     """Its tokenizer counts the tokens and renders the examples; no weights are loaded."""
 
 
+@dataclass(slots=True, kw_only=True)
+class LeaderboardConfig:
+    sweep: str = MISSING
+    """`latest` or a sweep's folder."""
+
+
 def register() -> None:
     """Make the shapes known to Hydra, under the names the root YAML files build on."""
     store = ConfigStore.instance()
@@ -60,3 +68,4 @@ def register() -> None:
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="infer_schema", node=InferConfig)
     store.store(name="inspect_schema", node=InspectConfig)
+    store.store(name="leaderboard_schema", node=LeaderboardConfig)

@@ -1,0 +1,110 @@
+"""What Hydra runs a sweep with: conf/hydra/ names these classes. Imports no torch."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+
+from fitness_dpo import jobs, leaderboard, sweep
+from fitness_dpo.config import InputError, SweepConfig, TrainConfig
+
+NAMESPACE = "hydra_plugins.fitness_dpo"  # where Hydra looks for them; that package names the classes of this module
+
+
+def register() -> None:
+    """Make the sweeper and the launcher known to Hydra, whose own search finds none in an editable install."""
+    for plugin in (GridSweeper, ProcessLauncher):
+        Plugins.instance().register(plugin)
+
+
+class GridSweeper(Sweeper):
+    """Every combination, as Hydra's own sweeper; but nothing is written before every job's config is known to be right."""
+
+    __module__ = NAMESPACE
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        overrides = parser.parse_overrides(arguments)
+        for override in overrides:
+            if override.is_sweep_override() and not override.is_discrete_sweep():
+                raise InputError(f"{override.input_line}: a grid takes values, as in {override.key_or_group}=1,2,3")
+        (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        returned = self.launcher.launch(batch, initial_job_idx=0)
+        close(Path(self.config.hydra.sweep.dir))
+        return returned
+
+
+def close(folder: Path) -> None:
+    """Rank what has finished; where something has not, say how to go on and end with exit status 1."""
+    console = Console()
+    if leaderboard.publish(folder, console).unfinished:
+        say(console, sweep.how_to_resume(folder))
+        sys.exit(1)
+
+
+def say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class ProcessLauncher(Launcher):
+    """Runs every job in a process of its own on this machine."""
+
+    __module__ = NAMESPACE
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+        self.console = Console()
+        self.sweep: sweep.Sweep | None = None
+
+    def runner(self, settings: SweepConfig, lock: int) -> jobs.Runner:
+        return jobs.Processes(settings.at_once, lock)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run each list of overrides, sweep.seeds times. The value returned for each is the folders of its finished runs."""
+        composed = [
+            self.compose(list(overrides)) for overrides in job_overrides
+        ]  # a mistake in any ends the sweep here
+        folder, settings = Path(self.config.hydra.sweep.dir), composed[0].sweep
+        with sweep.locked(folder) as lock:
+            if self.sweep is None:
+                self.sweep = sweep.Sweep(folder, list(self.config.hydra.overrides.task))
+            batch = [
+                self.sweep.add(initial_job_idx + place, list(overrides), config)
+                for place, (overrides, config) in enumerate(zip(job_overrides, composed, strict=True))
+            ]
+            try:
+                self.sweep.run([job for each in batch for job in each], self.runner(settings, lock), self.console)
+            except KeyboardInterrupt:
+                say(self.console, sweep.how_to_resume(folder))
+                raise
+        return [returned(list(overrides), each) for overrides, each in zip(job_overrides, batch, strict=True)]
+
+    def compose(self, overrides: list[str]) -> TrainConfig:
+        composed = self.context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(composed):
+            del composed["hydra"]
+        OmegaConf.resolve(composed)
+        return cast(TrainConfig, OmegaConf.to_object(composed))
+
+
+def returned(overrides: list[str], batch: list[jobs.Job]) -> JobReturn:
+    failed = [job for job in batch if job.state != "finished"]
+    answer = JobReturn(overrides=overrides, status=JobStatus.FAILED if failed else JobStatus.COMPLETED)
+    answer.return_value = RuntimeError(failed[0].reason) if failed else [job.folder for job in batch]
+    return answer

@@ -1,0 +1,204 @@
+"""A sweep's jobs run apart, what becomes of each is on record, and the same command finishes what is missing."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fitness_dpo import jobs, sweep
+from tests.conftest import TINY, read_json, run_verb
+
+QUIET = [*TINY, "logging.wandb.mode=disabled", "dpo.logging_steps=1"]
+
+
+def one_line(*arguments: str, cwd: Path) -> str:
+    done = run_verb("train", "-m", *arguments, cwd=cwd)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["dpo.beta=0.1,high"], "dpo.beta: Value 'high' of type 'str' could not be converted to Float"),
+        (["dpo.beta=0.1,0"], "dpo.beta=0.0: use more than 0"),
+        (["dpo.bata=0.1,0.2"], "did you mean dpo.beta?"),
+        (["dpo.beta=interval(0.1,0.2)"], "a grid takes values, as in dpo.beta=1,2,3"),
+        (["dpo.beta=0.1,0.2", "hydra/launcher=slurm"], "hydra/launcher=slurm: there is no such choice; choose one of"),
+        (["dpo.beta=0.1,0.2", "sweep.resume=latest"], "sweep.resume=latest: no sweep under"),
+        (["dpo.beta=0.1,0.2", "sweep.resume=empty"], "sweep.resume=empty: no sweep.json there"),
+        (["sweep.at_once=0"], "sweep.at_once=0: use 1 or more"),
+    ],
+)
+def test_a_mistake_ends_the_sweep_before_its_first_job(arguments: list[str], expected: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert expected in one_line(*arguments, cwd=tmp_path)
+    assert not list(tmp_path.rglob("*.*")), "nothing may be left behind"
+
+
+def test_a_sweep_setting_without_a_sweep_is_refused(tmp_path: Path) -> None:
+    done = run_verb("train", "sweep.seeds=3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: sweep.seeds=3: this is one run; add -m to make it a sweep\n"
+
+
+def test_a_failed_job_is_on_record_and_only_it_runs_again(pairs_file: Path, tmp_path: Path) -> None:
+    shutil.copy(pairs_file, tmp_path / "a.json")
+    command = ["-m", *QUIET, "data.path=a.json,b.json"]
+    done = run_verb("train", *command, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    (folder,) = (tmp_path / "outputs" / "multirun").glob("*/*")
+    record = read_json(folder / "sweep.json")
+    assert [job["state"] for job in record["jobs"]] == ["finished", "failed"]
+    assert "b.json: no such file" in record["jobs"][1]["reason"]
+    assert (folder / "1" / "failure.txt").read_text().strip() == record["jobs"][1]["reason"]
+    assert f"sweep.resume={folder.relative_to(tmp_path)}" in done.stdout
+    first = (folder / "0" / "metrics.json").stat().st_mtime_ns
+
+    others = one_line("data.path=a.json,c.json", "sweep.resume=latest", cwd=tmp_path)
+    assert "another command made that sweep" in others
+    text = (folder / "0" / "config.yaml").read_text()
+    (folder / "0" / "config.yaml").write_text(text.replace("beta: 0.1", "beta: 0.5"))
+    assert "dpo.beta=0.1 now, and job 0 was made with dpo.beta=0.5" in one_line(
+        *command[1:], "sweep.resume=latest", cwd=tmp_path
+    )
+    (folder / "0" / "config.yaml").write_text(text)
+
+    shutil.copy(pairs_file, tmp_path / "b.json")
+    again = run_verb("train", *command, "sweep.resume=latest", cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [job["state"] for job in read_json(folder / "sweep.json")["jobs"]] == ["finished", "finished"]
+    assert (folder / "0" / "metrics.json").stat().st_mtime_ns == first
+    assert not (folder / "1" / "failure.txt").exists()
+    assert (folder / "leaderboard.csv").read_text().count("\n") == 3
+    assert read_json(folder / "1" / "progress.json")["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "kernel", "expected"),
+    [
+        (-9, "", False, "killed by SIGKILL"),
+        (-9, "", True, "out of memory: the kernel ended it with SIGKILL; lower"),
+        (1, "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n\n", False, "out of memory: torch.OutOf"),
+        (
+            2,
+            "step 1\nerror: data.path=x: no such file; check\n",
+            False,
+            "exit status 2: data.path=x: no such file; check",
+        ),
+        (0, "", False, "exit status 0: it said nothing"),
+    ],
+)
+def test_why_a_job_failed_is_one_line(status: int, said: str, kernel: bool, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "output.log").write_text(said)
+    line = jobs.reason(status, tmp_path / "output.log", killed_for_memory=kernel)
+    assert line.startswith(expected)
+    assert "\n" not in line
+
+
+def test_a_sweep_that_still_runs_cannot_be_resumed(tmp_path: Path) -> None:
+    """The processes of a killed sweep hold its folder as long as they live."""
+    with sweep.locked(tmp_path) as lock:
+        orphan = subprocess.Popen(["sleep", "30"], pass_fds=[lock])
+    try:
+        with pytest.raises(sweep.InputError, match="still runs"), sweep.locked(tmp_path):
+            pass
+    finally:
+        orphan.kill()
+        orphan.wait()
+    with sweep.locked(tmp_path):
+        pass
+
+
+@contextlib.contextmanager
+def started(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """`python -m fitness_dpo.train -m arguments`, running; killed with its jobs at the end if still there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fitness_dpo.train", "-m", *arguments], cwd=cwd, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        for each in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            each.kill()
+        process.kill()
+        process.communicate()
+
+
+def wait_for(process: subprocess.Popen[str], condition: Any) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def states(folder: Path) -> list[str]:
+    return [job["state"] for job in read_json(folder / "sweep.json")["jobs"]]
+
+
+def losses(folder: Path, job: int) -> list[float]:
+    return [entry["loss"] for entry in read_json(folder / str(job) / "metrics.json")["history"] if "loss" in entry]
+
+
+@pytest.mark.slow
+def test_nine_runs_survive_a_kill_a_failure_and_an_interruption(pairs_file: Path, tmp_path: Path) -> None:
+    """Job 1 is killed, job 2 cannot write its checkpoints, Ctrl-C stops job 4; the same command finishes what is left, and its
+    numbers are those of the same grid two at once."""
+    folder = tmp_path / "outputs" / "multirun" / "day" / "time"
+    arguments = [*grid(pairs_file), f"hydra.sweep.dir={folder}"]
+    (folder / "2").mkdir(parents=True)
+    (folder / "2" / "checkpoints").write_text("in the way")
+    with started(*arguments, cwd=tmp_path) as process:
+        wait_for(process, lambda: (folder / "1" / "output.log").is_file())
+        (job,) = psutil.Process(process.pid).children()
+        job.kill()
+        wait_for(process, lambda: (folder / "4" / "checkpoints" / "checkpoint-1" / "trainer_state.json").is_file())
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert f"sweep.resume={folder}" in said
+    assert states(folder) == ["finished", "failed", "failed", "finished", "interrupted", *["waiting"] * 4]
+    record = read_json(folder / "sweep.json")["jobs"]
+    assert record[1]["reason"] == "killed by SIGKILL"
+    assert "checkpoints" in record[2]["reason"]
+    before = {job: (folder / job / "metrics.json").stat().st_mtime_ns for job in ("0", "3")}
+
+    (folder / "2" / "checkpoints").unlink()
+    again = run_verb("train", "-m", *arguments, f"sweep.resume={folder}", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert states(folder) == ["finished"] * 9
+    assert {job: (folder / job / "metrics.json").stat().st_mtime_ns for job in ("0", "3")} == before, "none runs twice"
+    assert (folder / "leaderboard.csv").read_text().count("\n") == 10
+
+    twice = tmp_path / "outputs" / "multirun" / "day" / "later"
+    done = run_verb(
+        "train",
+        "-m",
+        *grid(pairs_file),
+        "sweep.at_once=2",
+        f"hydra.sweep.dir={twice}",
+        cwd=tmp_path,
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [losses(folder, job) for job in range(9)] == [losses(twice, job) for job in range(9)]
+
+
+def grid(pairs_file: Path) -> list[str]:
+    """Nine runs of four steps with a checkpoint at each."""
+    return [
+        "dpo.beta=0.05,0.1,0.3", "lora.r=4,8,16", *QUIET, "dpo.max_steps=4", "dpo.save_steps=1", f"data.path={pairs_file}",
+    ]  # fmt: skip
