@@ -174,8 +174,8 @@ def cells(entry: Entry) -> dict[str, str]:
     """An entry's figures as they are shown, under their column's heading."""
     figures, interval = entry.figures, entry.interval
     return {
-        "held-out accuracy": shown(figures.accuracy, ".3f"),
-        "95% interval": f"{interval[0]:.2f}-{interval[1]:.2f}" if interval else "",
+        "accuracy": shown(figures.accuracy, ".3f"),
+        "95%": f"{interval[0]:.2f}-{interval[1]:.2f}" if interval else "",
         **({"seeds": f"{min(entry.seeds):.3f}-{max(entry.seeds):.3f}"} if entry.seeds else {}),
         "margin / beta": shown(figures.margin, ".2f"),
         "chosen change": shown(figures.chosen_change, "+.2f"),
@@ -184,6 +184,7 @@ def cells(entry: Entry) -> dict[str, str]:
         "health": "" if entry.sick is None else ", ".join(entry.sick) or "well",
         "seconds": shown(figures.seconds, ".0f"),
         "GiB": shown(figures.memory_gib, ".2f"),
+        "jobs": " ".join(map(str, entry.jobs)),
     }
 
 
@@ -195,12 +196,11 @@ def terminal_table(board: Leaderboard) -> Table:
     table = Table(title=f"{board.folder}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     rows = [cells(entry) for entry in board.entries]
     used = [name for name in (rows[0] if rows else {}) if any(row.get(name) for row in rows)]
-    for name in ("", "jobs", *board.parameters, *used):
+    for name in ("", *board.parameters, *used):
         table.add_column(name, justify="right")
     for place, (entry, row) in enumerate(zip(board.entries, rows, strict=True), 1):
         table.add_row(
             "veto" if entry.vetoed else str(place),
-            " ".join(map(str, entry.jobs)),
             *(entry.settings.get(name, "") for name in board.parameters),
             *(row.get(name, "") for name in used),
             style="dim" if entry.vetoed else "",

@@ -28,7 +28,7 @@ def page(board: Leaderboard) -> str:
         {
             "vetoed": entry.vetoed,
             "cells": [
-                "veto" if entry.vetoed else place, " ".join(map(str, entry.jobs)),
+                "veto" if entry.vetoed else place,
                 *(entry.settings.get(name, "") for name in board.parameters), *(row.get(name, "") for name in used),
             ],
         }
@@ -41,7 +41,7 @@ def page(board: Leaderboard) -> str:
         undefined=jinja2.StrictUndefined,
     )
     return templates.get_template("leaderboard.html.jinja").render(
-        board=board, style=STYLE, columns=["rank", "jobs", *board.parameters, *used], lines=lines, plots=plots(board),
+        board=board, style=STYLE, columns=["rank", *board.parameters, *used], lines=lines, plots=plots(board),
         rows=board.entries[0].figures.rows if board.entries else 0,
     )  # fmt: skip
 

@@ -198,7 +198,7 @@ def test_nine_runs_survive_a_kill_a_failure_and_an_interruption(pairs_file: Path
 
 
 def grid(pairs_file: Path) -> list[str]:
-    """Nine runs of four steps with a checkpoint at each."""
+    """Nine runs of eight steps with a checkpoint at each."""
     return [
-        "dpo.beta=0.05,0.1,0.3", "lora.r=4,8,16", *QUIET, "dpo.max_steps=4", "dpo.save_steps=1", f"data.path={pairs_file}",
+        "dpo.beta=0.05,0.1,0.3", "lora.r=4,8,16", *QUIET, "dpo.max_steps=8", "dpo.save_steps=1", f"data.path={pairs_file}",
     ]  # fmt: skip
