@@ -19,7 +19,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fitness_dpo import config, runs, sweep
+from fitness_dpo import config, distributed, runs, sweep
 from fitness_dpo.gpus import gpu_count
 
 TEXT_KEYS = ("prompt", "system_prompt", "data.system_prompt")
@@ -131,7 +131,7 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], int | None])
         mistakes.append(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    for mistake in mistakes:
+    for mistake in mistakes if distributed.rank() == 0 else ():
         print(f"error: {one_line(mistake)}", file=sys.stderr)  # noqa: T201
     if mistakes and os.environ.get("FITNESS_DPO_TRACEBACK") == "1":
         raise mistakes[0]

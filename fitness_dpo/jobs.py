@@ -23,6 +23,8 @@ GRACE_SECONDS = 60
 @dataclass(slots=True, kw_only=True)
 class Job:
     number: int
+    setting: int
+    """Which of the sweep's settings it trains; one for each seed share it."""
     overrides: list[str]
     """What makes this run differ from the defaults, as on the command line."""
     folder: Path

@@ -170,6 +170,12 @@ def values_of(overrides: list[str]) -> dict[str, str]:
     return {override.key_or_group: override.get_value_element_as_str() for override in parsed}
 
 
+def displaced(run: Path) -> bool:
+    """Whether the run's own verdict is that its chosen answers lost probability."""
+    verdicts = read_json(run / runs.METRICS).get("verdicts") or ()
+    return any(verdict["sick"] and verdict["name"] == VETO for verdict in verdicts)
+
+
 def cells(entry: Entry) -> dict[str, str]:
     """An entry's figures as they are shown, under their column's heading."""
     figures, interval = entry.figures, entry.interval

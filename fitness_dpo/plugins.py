@@ -3,10 +3,11 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -15,7 +16,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
-from fitness_dpo import jobs, leaderboard, sweep
+from fitness_dpo import jobs, leaderboard, search, sweep
 from fitness_dpo.config import InputError, SweepConfig, TrainConfig
 
 NAMESPACE = "hydra_plugins.fitness_dpo"  # where Hydra looks for them; that package names the classes of this module
@@ -23,14 +24,12 @@ NAMESPACE = "hydra_plugins.fitness_dpo"  # where Hydra looks for them; that pack
 
 def register() -> None:
     """Make the sweeper and the launcher known to Hydra, whose own search finds none in an editable install."""
-    for plugin in (GridSweeper, ProcessLauncher):
+    for plugin in (GridSweeper, OptunaSweeper, ProcessLauncher):
         Plugins.instance().register(plugin)
 
 
-class GridSweeper(Sweeper):
-    """Every combination, as Hydra's own sweeper; but nothing is written before every job's config is known to be right."""
-
-    __module__ = NAMESPACE
+class FitnessSweeper(Sweeper):
+    """What both sweepers share."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
@@ -38,24 +37,51 @@ class GridSweeper(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
+    def parse(self, arguments: list[str]) -> list[Override]:
+        return OverridesParser.create(config_loader=self.context.config_loader).parse_overrides(arguments)
+
+
+class GridSweeper(FitnessSweeper):
+    """Every combination, as Hydra's own sweeper; but nothing is written before every job's config is known to be right."""
+
+    __module__ = NAMESPACE
+
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
-        parser = OverridesParser.create(config_loader=self.context.config_loader)
-        overrides = parser.parse_overrides(arguments)
+        overrides = self.parse(arguments)
         for override in overrides:
             if override.is_sweep_override() and not override.is_discrete_sweep():
-                raise InputError(f"{override.input_line}: a grid takes values, as in {override.key_or_group}=1,2,3")
+                raise InputError(
+                    f"{override.input_line}: a grid takes values, as in {override.key_or_group}=1,2,3; add hydra/sweeper=optuna to search an interval"
+                )
         (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         returned = self.launcher.launch(batch, initial_job_idx=0)
-        close(Path(self.config.hydra.sweep.dir))
+        folder, console = Path(self.config.hydra.sweep.dir), Console()
+        if leaderboard.publish(folder, console).unfinished:
+            say(console, sweep.how_to_resume(folder))
+            sys.exit(1)
         return returned
 
 
-def close(folder: Path) -> None:
-    """Rank what has finished; where something has not, say how to go on and end with exit status 1."""
-    console = Console()
-    if leaderboard.publish(folder, console).unfinished:
-        say(console, sweep.how_to_resume(folder))
-        sys.exit(1)
+class OptunaSweeper(FitnessSweeper):
+    """Picks each trial's values with Optuna's TPE from what the trials before came to."""
+
+    __module__ = NAMESPACE
+
+    def __init__(self, n_trials: int, n_jobs: int, objectives: list[str], seed: int) -> None:
+        self.settings: Any = {"n_trials": n_trials, "n_jobs": n_jobs, "objectives": list(objectives), "seed": seed}
+
+    def sweep(self, arguments: list[str]) -> None:
+        search.check(**self.settings)
+        folder, console = Path(self.config.hydra.sweep.dir), Console()
+        found = search.search(self.parse(arguments), self.launch, folder, **self.settings)
+        leaderboard.publish(folder, console)
+        for best in found:
+            say(console, f"trial {best['trial']}  {best['settings']}  {best['values']}")
+        if not found:
+            sys.exit(1)
+
+    def launch(self, overrides: list[list[str]], first: int) -> Sequence[JobReturn]:
+        return self.launcher.launch(overrides, initial_job_idx=first)
 
 
 def say(console: Console, text: str) -> None:
@@ -83,7 +109,7 @@ class ProcessLauncher(Launcher):
         folder, settings = Path(self.config.hydra.sweep.dir), composed[0].sweep
         with sweep.locked(folder) as lock:
             if self.sweep is None:
-                self.sweep = sweep.Sweep(folder, list(self.config.hydra.overrides.task))
+                self.sweep = sweep.Sweep(folder, self.config.hydra.overrides.task, self.config.hydra.overrides.hydra)
             batch = [
                 self.sweep.add(initial_job_idx + place, list(overrides), config)
                 for place, (overrides, config) in enumerate(zip(job_overrides, composed, strict=True))

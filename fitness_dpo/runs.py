@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from fitness_dpo.config import InputError
+from fitness_dpo.distributed import rank
 
 OUTPUTS = Path("outputs")
 CONFIG, RECORD, METRICS, SAMPLES, ADAPTER, CHECKPOINTS, PROGRESS = (
@@ -79,8 +80,10 @@ def interrupted_run(name: str) -> Path:
 
 
 def run_folder(resume: str | None) -> Path:
-    """Where this run writes: the interrupted run's folder, or a new one."""
-    return new_folder(OUTPUTS) if resume is None else interrupted_run(resume)
+    """Where this run writes: the interrupted run's folder, or a new one, made by the first of several processes."""
+    if resume is not None:
+        return interrupted_run(resume)
+    return new_folder(OUTPUTS) if rank() == 0 else OUTPUTS
 
 
 def new_folder(parent: Path) -> Path:

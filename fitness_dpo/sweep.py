@@ -26,31 +26,33 @@ STYLES = {"finished": "green", "failed": "red", "interrupted": "yellow", "runnin
 
 
 class Sweep:
-    """The sweep in `folder`. `overrides` is the command that makes it, without sweep.resume and sweep.at_once."""
+    """The sweep in `folder`, new or known. `overrides` is the command that makes it; `hydra` the words that say how it is run,
+    which may change."""
 
-    def __init__(self, folder: Path, overrides: Sequence[str]) -> None:
+    def __init__(self, folder: Path, overrides: Sequence[str], hydra: Sequence[str]) -> None:
         self.folder = folder
         self.overrides = [word for word in overrides if not word.startswith(("sweep.resume=", "sweep.at_once="))]
-        self.jobs: list[Job] = []
-        known = read_record(folder)
-        if known is not None and known["overrides"] != self.overrides:
+        self.hydra = [word for word in hydra if not word.startswith(("hydra.mode=", "hydra.sweep.dir="))]
+        known = read_record(folder) or {"overrides": self.overrides, "jobs": []}
+        if known["overrides"] != self.overrides:
             raise InputError(
-                f"sweep.resume={folder}: another command made that sweep; go on with it by {command(known['overrides'], folder)}"
+                f"sweep.resume={folder}: another command made that sweep; go on with it by {command(known, folder)}"
             )
+        self.jobs = {each["number"]: Job(**each | {"folder": folder / each["folder"]}) for each in known["jobs"]}
 
     def add(self, place: int, overrides: list[str], config: TrainConfig) -> list[Job]:
         """The jobs of one setting, the `place`th of the sweep: one for each of sweep.seeds values of dpo.seed."""
         count = config.sweep.seeds
         if count == 1:
-            return [self.add_job(place, overrides, config)]
+            return [self.add_job(place, place, overrides, config)]
         others = [word for word in overrides if not word.startswith("dpo.seed=")]
         jobs = []
         for number in range(count):
             seeded = replace(config, dpo=replace(config.dpo, seed=config.dpo.seed + number))
-            jobs.append(self.add_job(place * count + number, [*others, f"dpo.seed={seeded.dpo.seed}"], seeded))
+            jobs.append(self.add_job(place * count + number, place, [*others, f"dpo.seed={seeded.dpo.seed}"], seeded))
         return jobs
 
-    def add_job(self, number: int, overrides: list[str], config: TrainConfig) -> Job:
+    def add_job(self, number: int, setting: int, overrides: list[str], config: TrainConfig) -> Job:
         """A job, new or known. Writes its config.yaml; raises InputError where it differs from what was written before."""
         wandb = config.logging.wandb
         wandb = replace(
@@ -59,7 +61,7 @@ class Sweep:
             name=f"{wandb.name}-{number}" if wandb.name else None,
         )
         config = replace(config, logging=replace(config.logging, wandb=wandb), sweep=replace(config.sweep, resume=None))
-        job = Job(number=number, overrides=overrides, folder=self.folder / str(number))
+        job = Job(number=number, setting=setting, overrides=overrides, folder=self.folder / str(number))
         file = job.folder / runs.CONFIG
         if file.is_file():
             changed = first_difference(OmegaConf.to_container(OmegaConf.load(file)), plain(config))
@@ -73,7 +75,7 @@ class Sweep:
             job.folder.mkdir(parents=True, exist_ok=True)
             runs.write_whole(file, OmegaConf.to_yaml(OmegaConf.structured(config)))
         job.state = "finished" if (job.folder / runs.METRICS).is_file() else "waiting"
-        self.jobs.append(job)
+        self.jobs[number] = job
         return job
 
     def run(self, jobs: Sequence[Job], runner: Runner, console: Console) -> None:
@@ -81,7 +83,7 @@ class Sweep:
         waiting = [job for job in jobs if job.state != "finished"]
         running: list[Job] = []
         self.write()
-        with interrupted_by_sigterm(), Board(self.jobs, console) as board:
+        with interrupted_by_sigterm(), Board(list(self.jobs.values()), console) as board:
             try:
                 while waiting or running:
                     while waiting and len(running) < runner.at_once:
@@ -113,26 +115,29 @@ class Sweep:
         jobs = [
             {
                 "number": job.number,
+                "setting": job.setting,
                 "folder": job.folder.name,
                 "overrides": job.overrides,
                 "state": job.state,
                 "reason": job.reason,
             }
-            for job in self.jobs
+            for job in self.jobs.values()
         ]
         self.folder.mkdir(parents=True, exist_ok=True)
-        runs.write_whole(self.folder / RECORD, json.dumps({"overrides": self.overrides, "jobs": jobs}, indent=1))
+        record = {"overrides": self.overrides, "hydra": self.hydra, "jobs": jobs}
+        runs.write_whole(self.folder / RECORD, json.dumps(record, indent=1))
 
 
-def command(overrides: Sequence[str], folder: Path) -> str:
+def command(record: dict[str, Any], folder: Path) -> str:
     """What goes on with the sweep in `folder`."""
-    return shlex.join(["python", "-m", "fitness_dpo.train", "-m", *overrides, f"sweep.resume={folder}"])
+    words = [*record["hydra"], *record["overrides"], f"sweep.resume={folder}"]
+    return shlex.join(["python", "-m", "fitness_dpo.train", "-m", *words])
 
 
 def how_to_resume(folder: Path) -> str:
-    record = read_record(folder) or {"jobs": [], "overrides": []}
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     left = sum(job["state"] != "finished" for job in record["jobs"])
-    return f"{left} of {len(record['jobs'])} jobs are left; go on with\n  {command(record['overrides'], folder)}"
+    return f"{left} of {len(record['jobs'])} jobs are left; go on with\n  {command(record, folder)}"
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -10,13 +10,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fitness_dpo.config import TrainConfig
+from fitness_dpo.distributed import rank
 
 
 @contextmanager
 def wandb_run(config: TrainConfig, run: Path, run_id: str) -> Iterator[None]:
     """Keep a wandb run open, its files in the run folder. `run_id` makes a resumed training go on with the same one."""
     settings = config.logging.wandb
-    if settings.mode == "disabled":
+    if settings.mode == "disabled" or rank() > 0:
         yield
         return
     os.environ["WANDB_SILENT"] = "true"  # the console is this project's

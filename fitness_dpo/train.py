@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 from rich.table import Table
 
-from fitness_dpo import plugins, runs
+from fitness_dpo import distributed, plugins, runs
 from fitness_dpo.cli import verb
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.data import Preferences, load_preferences
@@ -22,14 +22,19 @@ Metrics = dict[str, Any]
 
 
 def train(config: TrainConfig, run: Path, console: Console) -> Metrics:
-    """Train and save into `run`: config.yaml, versions.json, samples.jsonl, checkpoints/, adapter/ and, last, metrics.json."""
-    preferences = load_preferences(config.data)
-    console.print(opening(config, preferences), highlight=False)
-    locate(config.model.name, config.model.revision)  # ends a run without weights before anything heavy is imported
+    """Train and save into `run`: config.yaml, versions.json, samples.jsonl, checkpoints/, adapter/ and, last, metrics.json.
 
-    from fitness_dpo.model import load_policy, save_adapter
+    Several processes train together, and the first alone writes, into its `run`.
+    """
+    with distributed.first_of_machine_alone():
+        preferences = load_preferences(config.data)
+        console.print(opening(config, preferences), highlight=False)
+        locate(config.model.name, config.model.revision)  # ends a run without weights before anything heavy is imported
 
-    policy = load_policy(config.model, config.lora, config.dpo.seed)
+        from fitness_dpo.model import load_policy, save_adapter
+
+        policy = load_policy(config.model, config.lora, config.dpo.seed)
+    run = distributed.shared_folder(run)
 
     from fitness_dpo.callbacks import ProgressBar, Samples
     from fitness_dpo.progress import ProgressFile
@@ -43,16 +48,20 @@ def train(config: TrainConfig, run: Path, console: Console) -> Metrics:
         )
     samples, progress = Samples(policy, config.logging, config.data, run, console), ProgressBar(console)
     trainer = build_trainer(config, policy, preferences.splits, run, [samples, progress, ProgressFile(run)])
-    runs.write_start(run, config, recorded)
+    first = distributed.rank() == 0
+    if first:
+        runs.write_start(run, config, recorded)
     with wandb_run(config, run, recorded["wandb_id"]):
         checkpoint = runs.last_checkpoint(run)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.eval_dataset is not None:
             trainer.evaluate()
-    save_adapter(policy, config.model.name, run / runs.ADAPTER)
     metrics = summary(trainer, progress, preferences)
-    runs.write_whole(run / runs.METRICS, json.dumps(metrics, indent=1))
-    console.print(closing(metrics, run))
+    if first:
+        save_adapter(policy, config.model.name, run / runs.ADAPTER)
+        runs.write_whole(run / runs.METRICS, json.dumps(metrics, indent=1))
+        console.print(closing(metrics, run))
+    distributed.leave()
     return metrics
 
 
@@ -129,7 +138,7 @@ def main(config: TrainConfig, run: Path) -> None:
                 f"{' '.join(others)}: a resumed run keeps its own settings; leave this out, or start a new run without resume"
             )
         config = runs.load_config(run, TrainConfig)
-    train(config, run, Console(quiet=not config.logging.console))
+    train(config, run, Console(quiet=not config.logging.console or distributed.rank() > 0))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """TRL's DPOTrainer, given the arguments, the rows and the callbacks of a run. Import it after the model is loaded."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from fitness_dpo import runs
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.data import Example
+from fitness_dpo.distributed import world_size
 from fitness_dpo.logprobs import ChunkedLogProbs
 from fitness_dpo.model import Policy, compute_dtype, load_base
 from fitness_dpo.template import ChatTemplate
@@ -97,9 +97,7 @@ def build_trainer(
         )
     rows = train.rows
     if config.dpo.max_steps is not None:  # leave the rows that no step reaches out of the reference pass
-        pairs_a_step = (
-            config.dpo.batch_size * config.dpo.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
-        )
+        pairs_a_step = config.dpo.batch_size * config.dpo.gradient_accumulation_steps * world_size()
         reached = min(len(rows), config.dpo.max_steps * pairs_a_step)
         rows = rows.shuffle(seed=config.dpo.seed).select(range(reached))
     validation = tokenize(splits["validation"], template, limit)

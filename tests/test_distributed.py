@@ -1,0 +1,54 @@
+"""Two processes train one model: the numbers of one process at the same global batch, and one run folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import TINY, read_json, run_verb
+
+pytestmark = pytest.mark.slow
+
+
+def losses(run: Path) -> list[float]:
+    return [entry["loss"] for entry in read_json(run / "metrics.json")["history"] if "loss" in entry]
+
+
+def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> None:
+    shared = [*TINY, f"data.path={pairs_file}", "dpo.batch_size=2", "dpo.logging_steps=1", "dpo.learning_rate=1e-3"]
+    alone = run_verb("train", *shared, "dpo.gradient_accumulation_steps=2", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert alone.returncode == 0, alone.stderr
+    (one,) = (tmp_path / "outputs").glob("*/*")
+    home = tmp_path / "two"
+    home.mkdir()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    together = subprocess.run(
+        [*launcher, "fitness_dpo.train", *shared, "dpo.gradient_accumulation_steps=1"], cwd=home, capture_output=True,
+        text=True, check=False, timeout=400, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert together.returncode == 0, together.stderr
+    (two,) = (home / "outputs").glob("*/*")
+    assert losses(two) == pytest.approx(losses(one), abs=1e-6)
+    before, after = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
+    assert all(before[name].allclose(after[name], atol=1e-5) for name in before)
+    for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"):
+        assert read_json(two / "metrics.json")["after"][name] == pytest.approx(
+            read_json(one / "metrics.json")["after"][name], abs=1e-6
+        )
+    assert len(list(two.glob("wandb/offline-run-*"))) == 1
+    assert len((two / "samples.jsonl").read_text().splitlines()) == 6
+    assert together.stdout.count("held-out rewards/accuracies") == 1, "only the first process speaks"
+
+
+def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    done = subprocess.run(
+        [*launcher, "fitness_dpo.train", *TINY, "data.path=nothing.json"], cwd=tmp_path, capture_output=True, text=True,
+        check=False, timeout=400, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("error: data.path=nothing.json") == 1
+    assert not list(tmp_path.rglob("*.*"))
