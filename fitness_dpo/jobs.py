@@ -44,8 +44,11 @@ class Job:
         if status == 0 and (self.folder / runs.METRICS).is_file():
             self.state, self.reason = "finished", None
             return
-        self.state, self.reason = "failed", reason(status, self.folder / OUTPUT, killed_for_memory=killed_for_memory)
-        runs.write_whole(self.folder / FAILURE, self.reason + "\n")
+        self.fail(reason(status, self.folder / OUTPUT, killed_for_memory=killed_for_memory))
+
+    def fail(self, reason: str) -> None:
+        self.state, self.reason = "failed", reason
+        runs.write_whole(self.folder / FAILURE, reason + "\n")
 
 
 def reason(status: int, output: Path, *, killed_for_memory: bool) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ NAMESPACE = "hydra_plugins.fitness_dpo"  # where Hydra looks for them; that pack
 
 def register() -> None:
     """Make the sweeper and the launcher known to Hydra, whose own search finds none in an editable install."""
-    for plugin in (GridSweeper, OptunaSweeper, ProcessLauncher):
+    for plugin in (GridSweeper, OptunaSweeper, ProcessLauncher, RayLauncher):
         Plugins.instance().register(plugin)
 
 
@@ -127,6 +128,22 @@ class ProcessLauncher(Launcher):
             del composed["hydra"]
         OmegaConf.resolve(composed)
         return cast(TrainConfig, OmegaConf.to_object(composed))
+
+
+class RayLauncher(ProcessLauncher):
+    """Runs every job as a task of a Ray cluster."""
+
+    __module__ = NAMESPACE
+
+    def __init__(self, address: str | None, num_cpus: int, num_gpus: int | None) -> None:
+        if find_spec("ray") is None:
+            raise InputError("hydra/launcher=ray: ray is not installed; pip install 'fitness-dpo[ray]'")
+        self.cluster: Any = {"address": address, "num_cpus": num_cpus, "num_gpus": num_gpus}
+
+    def runner(self, settings: SweepConfig, lock: int) -> jobs.Runner:
+        from fitness_dpo.ray_jobs import RayJobs
+
+        return RayJobs(settings.at_once, **self.cluster)
 
 
 def returned(overrides: list[str], batch: list[jobs.Job]) -> JobReturn:

@@ -1,4 +1,4 @@
-"""conf/sweep: what a sweep of several runs (`-m`) does with them."""
+"""What a sweep of several runs (`-m`) does with them; the values are in conf/config.yaml."""
 
 from dataclasses import dataclass
 

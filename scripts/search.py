@@ -1,0 +1,70 @@
+"""Search beta and learning rate on the validation split, then put the winner and the default side by side on the test split.
+
+    python scripts/search.py --trials 20 -- model=smollm2_135m
+
+Prints the table of docs/sweeps.md. Run again with the same words, it goes on where it stopped.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HOME = Path("outputs/multirun")
+SPACE = ["dpo.beta=tag(log, interval(0.02, 0.5))", "dpo.learning_rate=tag(log, interval(2e-5, 5e-4))"]
+QUIET = ["logging.wandb.mode=disabled", "logging.sample_steps=null", "logging.sample_prompts=[]"]
+FRESH_SEEDS = "dpo.seed=101,102,103"
+
+
+def sweep(folder: Path, *words: str) -> None:
+    resume = [f"sweep.resume={folder}"] if (folder / "sweep.json").is_file() else []
+    command = [
+        sys.executable, "-m", "fitness_dpo.train", "-m", f"hydra.sweep.dir={folder}", *words, *QUIET, *resume,
+    ]  # fmt: skip
+    print(" ".join(command), flush=True)
+    subprocess.run(command, check=True)
+
+
+def evaluate(run: Path) -> dict[str, Any]:
+    file = run / "evaluation" / "metrics.json"
+    if not file.is_file():
+        subprocess.run([sys.executable, "-m", "fitness_dpo.evaluate", f"run={run}", "split=test"], check=True)
+    measured: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return measured
+
+
+def cell(values: list[float], form: str) -> str:
+    each = ", ".join(format(value, form) for value in values)
+    return f"{format(statistics.fmean(values), form)} ({each})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--name", default="search", help="folder under outputs/multirun")
+    parser.add_argument("words", nargs="*", help="overrides of every run")
+    options = parser.parse_args()
+    home = HOME / options.name
+    sweep(home / "trials", "hydra/sweeper=optuna", f"hydra.sweeper.n_trials={options.trials}", *SPACE, *options.words)
+    found = json.loads((home / "trials" / "search.json").read_text(encoding="utf-8"))["best"][0]
+    winner = [f"{name}={value}" for name, value in found["settings"].items()]
+    print(f"winner of {options.trials} trials: {' '.join(winner)}, validation accuracy {found['values'][0]:.3f}")
+    sweep(home / "winner", FRESH_SEEDS, *winner, *options.words)
+    sweep(home / "default", FRESH_SEEDS, *options.words)
+    print("\n| settings | test accuracy | margin | chosen change | quiz |\n|---|---|---|---|---|")
+    for name, words in (("winner", " ".join(winner)), ("default", "")):
+        measured = [evaluate(home / name / str(job)) for job in range(3)]
+        columns = [
+            cell([each["preference"]["accuracy"]["value"] for each in measured], ".3f"),
+            cell([each["preference"]["margin"]["value"] for each in measured], ".2f"),
+            cell([each["preference"]["chosen_change"]["value"] for each in measured], "+.2f"),
+            cell([each["quiz"]["tuned"]["raw"]["value"] for each in measured], ".3f"),
+        ]
+        print(f"| {name} {words} | {' | '.join(columns)} |")
+
+
+if __name__ == "__main__":
+    main()
