@@ -1,6 +1,7 @@
 """A sweep's jobs run apart, what becomes of each is on record, and the same command finishes what is missing."""
 
 import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from fitness_dpo import jobs, sweep
 from tests.conftest import TINY, read_json, run_verb
+from tests.test_runs import wandb_records
 
 QUIET = [*TINY, "logging.wandb.mode=disabled", "dpo.logging_steps=1"]
 
@@ -55,7 +57,7 @@ def test_a_sweep_setting_without_a_sweep_is_refused(tmp_path: Path) -> None:
 
 def test_a_failed_job_is_on_record_and_only_it_runs_again(pairs_file: Path, tmp_path: Path) -> None:
     shutil.copy(pairs_file, tmp_path / "a.json")
-    command = ["-m", *QUIET, "data.path=a.json,b.json"]
+    command = ["-m", *TINY, "dpo.logging_steps=1", "data.path=a.json,b.json"]
     done = run_verb("train", *command, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     (folder,) = (tmp_path / "outputs" / "multirun").glob("*/*")
@@ -83,6 +85,20 @@ def test_a_failed_job_is_on_record_and_only_it_runs_again(pairs_file: Path, tmp_
     assert not (folder / "1" / "failure.txt").exists()
     assert (folder / "leaderboard.csv").read_text().count("\n") == 3
     assert read_json(folder / "1" / "progress.json")["step"] == 2
+    groups, names = zip(*(wandb_group_and_id(folder / job) for job in ("0", "1")), strict=True)
+    assert set(groups) == {"-".join(folder.parts[-2:])}
+    assert len(set(names)) == 2, "one wandb run for each job"
+
+
+def wandb_group_and_id(run: Path) -> tuple[str, str]:
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    records: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    for content in wandb_records(file):
+        record = records.Record()
+        record.ParseFromString(content)
+        if record.HasField("run"):
+            return record.run.run_group, record.run.run_id
+    raise AssertionError("no run in the file")
 
 
 @pytest.mark.parametrize(
@@ -105,6 +121,27 @@ def test_why_a_job_failed_is_one_line(status: int, said: str, kernel: bool, expe
     line = jobs.reason(status, tmp_path / "output.log", killed_for_memory=kernel)
     assert line.startswith(expected)
     assert "\n" not in line
+
+
+def test_each_of_two_jobs_has_a_gpu_and_half_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    show = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.setattr(jobs, "gpu_names", lambda: ["3", "GPU-5"])
+    monkeypatch.setattr(jobs, "command", lambda folder: [sys.executable, "-c", show])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    made = [jobs.Job(number=n, setting=n, overrides=[], folder=tmp_path / str(n)) for n in range(3)]
+    with sweep.locked(tmp_path) as lock:
+        runner = jobs.Processes(None, lock)
+        assert runner.at_once == 2
+        for job in made:
+            job.folder.mkdir()
+            while not runner.free:
+                runner.ended(made[0])
+            runner.start(job)
+        while not all(number not in runner.running or runner.ended(made[number]) for number in (1, 2)):
+            time.sleep(0.05)
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    said = [(job.folder / "output.log").read_text() for job in made]
+    assert said == [f"3 {threads}\n", f"GPU-5 {threads}\n", f"3 {threads}\n"]
 
 
 def test_a_sweep_that_still_runs_cannot_be_resumed(tmp_path: Path) -> None:
@@ -202,3 +239,41 @@ def grid(pairs_file: Path) -> list[str]:
     return [
         "dpo.beta=0.05,0.1,0.3", "lora.r=4,8,16", *QUIET, "dpo.max_steps=8", "dpo.save_steps=1", f"data.path={pairs_file}",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_numbers_and_a_gpu_to_each_job(pairs_file: Path, tmp_path: Path) -> None:
+    """On a cluster of its own, with two GPUs that only Ray believes in."""
+    pytest.importorskip("ray")
+    words = [*QUIET, "dpo.beta=0.05,0.1,0.3", f"data.path={pairs_file}"]
+    alone = tmp_path / "alone"
+    done = run_verb("train", "-m", *words, f"hydra.sweep.dir={alone}", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ray = str(Path(sys.executable).with_name("ray"))
+    start = [sys.executable, ray] if Path(ray).is_file() else [sys.executable, "-m", "ray.scripts.scripts"]
+    head = subprocess.Popen(
+        [*start, "start", "--head", "--port=6390", "--num-cpus=2", "--num-gpus=2", "--include-dashboard=false", "--block",
+         f"--temp-dir={tmp_path / 'ray'}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+    )  # fmt: skip
+    try:
+        folder = tmp_path / "cluster"
+        arguments = [
+            *words, f"hydra.sweep.dir={folder}", "hydra/launcher=ray", "hydra.launcher.address=127.0.0.1:6390", "sweep.at_once=2",
+        ]  # fmt: skip
+        leases: dict[str, set[str]] = {}
+        with started(*arguments, cwd=tmp_path) as process:
+            while process.poll() is None:
+                for each in psutil.process_iter(["cmdline"]):
+                    words_of = " ".join(each.info["cmdline"] or [])
+                    with contextlib.suppress(psutil.Error):
+                        if "fitness_dpo.train" in words_of and f"{folder}/" in words_of:
+                            leases.setdefault(each.environ()["CUDA_VISIBLE_DEVICES"], set()).add(words_of)
+                time.sleep(0.2)
+            assert process.returncode == 0, process.communicate()[0]
+        assert sum(len(held) for held in leases.values()) == 3
+        assert set(leases) == {"0", "1"}
+        assert [losses(alone, job) for job in range(3)] == [losses(folder, job) for job in range(3)]
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(60)
