@@ -119,7 +119,7 @@ def number(value: float | None, scale: float = 1.0) -> float | None:
 
 def mean(figures: list[Figures]) -> Figures:
     """Figure by figure; one that a run lacks is lacking."""
-    means = {
+    means: dict[str, Any] = {
         name: None if None in values else statistics.fmean(values)
         for name, values in zip(Figures._fields, zip(*figures, strict=True), strict=True)
     }

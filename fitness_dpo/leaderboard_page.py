@@ -13,7 +13,7 @@ from fitness_dpo.leaderboard import Entry, Leaderboard, cells
 
 CELLS = 8  # past so many values of a setting a heat map is drawn as points
 GREY, COLOUR = "#808080", "#1f9e78"
-LOOK = {
+LOOK: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "fitness_dpo", "font.family": "sans-serif", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
@@ -89,23 +89,23 @@ def interaction(entries: list[Entry], across: str, up: str) -> str:
         shared.setdefault((x.place(entry), y.place(entry)), []).append(entry.figures.accuracy or 0.0)
     values = {place: average(scores) for place, scores in shared.items()}
     if max(len(x.values), len(y.values)) > CELLS:
-        points = axes.scatter(*zip(*values, strict=True), c=list(values.values()), cmap="viridis", s=40)
+        columns, lines = zip(*values, strict=True)
+        drawn: Any = axes.scatter(columns, lines, c=list(values.values()), cmap="viridis", s=40)
         x.label(axes.xaxis, axes.set_xscale)
         y.label(axes.yaxis, axes.set_yscale)
     else:
         grid = [[float("nan")] * len(x.values) for _ in y.values]
-        columns, lines = ({place: n for n, place in enumerate(axis.places)} for axis in (x, y))
-        for (column, line), value in values.items():
-            grid[lines[line]][columns[column]] = value
+        for (across_place, up_place), value in values.items():
+            column, line = x.places.index(across_place), y.places.index(up_place)
+            grid[line][column] = value
             axes.text(
-                columns[column], lines[line], f"{value:.3f}", ha="center", va="center", color="white",
+                column, line, f"{value:.3f}", ha="center", va="center", color="white",
                 bbox={"facecolor": "black", "alpha": 0.35, "linewidth": 0, "boxstyle": "round,pad=0.15"},
             )  # fmt: skip
-        points = axes.imshow(grid, cmap="viridis", aspect="auto", origin="lower")
+        drawn = axes.imshow(grid, cmap="viridis", aspect="auto", origin="lower")
         axes.set_xticks(range(len(x.values)), x.values)
         axes.set_yticks(range(len(y.values)), y.values)
-    bar = figure.colorbar(points, ax=axes)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    figure.colorbar(drawn, ax=axes)
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     return svg(figure, f"held-out accuracy over {across} and {up}")

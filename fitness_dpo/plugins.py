@@ -33,8 +33,8 @@ class FitnessSweeper(Sweeper):
     """What both sweepers share."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self.context, self.master = hydra_context, config
+        self.launching = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
@@ -55,8 +55,8 @@ class GridSweeper(FitnessSweeper):
                     f"{override.input_line}: a grid takes values, as in {override.key_or_group}=1,2,3; add hydra/sweeper=optuna to search an interval"
                 )
         (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-        returned = self.launcher.launch(batch, initial_job_idx=0)
-        folder, console = Path(self.config.hydra.sweep.dir), Console()
+        returned = self.launching.launch(batch, initial_job_idx=0)
+        folder, console = Path(self.master.hydra.sweep.dir), Console()
         if leaderboard.publish(folder, console).unfinished:
             say(console, sweep.how_to_resume(folder))
             sys.exit(1)
@@ -73,7 +73,7 @@ class OptunaSweeper(FitnessSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         search.check(**self.settings)
-        folder, console = Path(self.config.hydra.sweep.dir), Console()
+        folder, console = Path(self.master.hydra.sweep.dir), Console()
         found = search.search(self.parse(arguments), self.launch, folder, **self.settings)
         leaderboard.publish(folder, console)
         for best in found:
@@ -82,7 +82,7 @@ class OptunaSweeper(FitnessSweeper):
             sys.exit(1)
 
     def launch(self, overrides: list[list[str]], first: int) -> Sequence[JobReturn]:
-        return self.launcher.launch(overrides, initial_job_idx=first)
+        return self.launching.launch(overrides, initial_job_idx=first)
 
 
 def say(console: Console, text: str) -> None:
@@ -95,7 +95,7 @@ class ProcessLauncher(Launcher):
     __module__ = NAMESPACE
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.config = hydra_context, config
+        self.context, self.master = hydra_context, config
         self.console = Console()
         self.sweep: sweep.Sweep | None = None
 
@@ -107,10 +107,10 @@ class ProcessLauncher(Launcher):
         composed = [
             self.compose(list(overrides)) for overrides in job_overrides
         ]  # a mistake in any ends the sweep here
-        folder, settings = Path(self.config.hydra.sweep.dir), composed[0].sweep
+        folder, settings = Path(self.master.hydra.sweep.dir), composed[0].sweep
         with sweep.locked(folder) as lock:
             if self.sweep is None:
-                self.sweep = sweep.Sweep(folder, self.config.hydra.overrides.task, self.config.hydra.overrides.hydra)
+                self.sweep = sweep.Sweep(folder, self.master.hydra.overrides.task, self.master.hydra.overrides.hydra)
             batch = [
                 self.sweep.add(initial_job_idx + place, list(overrides), config)
                 for place, (overrides, config) in enumerate(zip(job_overrides, composed, strict=True))
@@ -123,7 +123,7 @@ class ProcessLauncher(Launcher):
         return [returned(list(overrides), each) for overrides, each in zip(job_overrides, batch, strict=True)]
 
     def compose(self, overrides: list[str]) -> TrainConfig:
-        composed = self.context.config_loader.load_sweep_config(self.config, overrides)
+        composed = self.context.config_loader.load_sweep_config(self.master, overrides)
         with open_dict(composed):
             del composed["hydra"]
         OmegaConf.resolve(composed)

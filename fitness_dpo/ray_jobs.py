@@ -1,5 +1,6 @@
 """The jobs of a sweep as tasks of a Ray cluster. Import it only where ray is installed. Imports no torch."""
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -18,12 +19,12 @@ class RayJobs:
         if not ray.is_initialized():
             alone: dict[str, Any] = {"include_dashboard": False} if address is None else {}
             try:
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR", **alone)
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **alone)
             except ConnectionError as error:
                 raise InputError(
                     f"hydra.launcher.address={address}: no Ray cluster there; ray start --head makes one"
                 ) from error
-        held = ray.cluster_resources()
+        held: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus = int(held.get("GPU", 0) > 0) if num_gpus is None else num_gpus
         room = min(int(held.get("CPU", 0) // num_cpus), int(held.get("GPU", 0) // gpus) if gpus else 2**31)
         if room < 1:

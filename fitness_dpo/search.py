@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobReturn, JobStatus
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import optuna
 
 RESULT = "search.json"
-DIRECTIONS = {
+DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {
     "accuracy": "maximize", "margin": "maximize", "chosen_change": "maximize", "quiz": "maximize",
     "answer_words": "minimize", "seconds": "minimize", "memory_gib": "minimize",
 }  # fmt: skip
@@ -53,8 +53,8 @@ def search(
     study = optuna.create_study(
         directions=[DIRECTIONS[name] for name in objectives], sampler=optuna.samplers.TPESampler(seed=seed)
     )
-    for values in earlier_trials(folder, space):
-        study.enqueue_trial(values)
+    for known in earlier_trials(folder, space):
+        study.enqueue_trial(known)
     for first in range(0, n_trials, n_jobs):
         trials = [study.ask(space) for _ in range(min(n_jobs, n_trials - first))]
         words = [[*fixed, *(f"{name}={value}" for name, value in trial.params.items())] for trial in trials]
@@ -85,7 +85,7 @@ def check(*, n_trials: int, n_jobs: int, objectives: list[str], seed: int) -> No
 
 def distribution(override: Override) -> "optuna.distributions.BaseDistribution":
     """What Optuna draws from for Hydra's interval, range or list of values."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
@@ -97,8 +97,9 @@ def distribution(override: Override) -> "optuna.distributions.BaseDistribution":
         return FloatDistribution(low, high, log="log" in sweep.tags)
     if isinstance(sweep, RangeSweep) and not sweep.shuffle:
         values: list[Any] = list(sweep.range())
-        kind = IntDistribution if all(isinstance(value, int) for value in values) else FloatDistribution
-        return kind(values[0], values[-1], step=sweep.step)
+        kind: Any = IntDistribution if all(isinstance(value, int) for value in values) else FloatDistribution
+        drawn: BaseDistribution = kind(values[0], values[-1], step=sweep.step)
+        return drawn
     return CategoricalDistribution(list(override.sweep_string_iterator()))
 
 
