@@ -11,8 +11,10 @@ from scipy.stats import binomtest
 from fitness_dpo import leaderboard
 from tests.conftest import run_verb
 
+Accuracies = dict[tuple[str, ...], float]
 
-def write_sweep(folder: Path, accuracies: dict[tuple[str, ...], float], **metrics: object) -> Path:
+
+def write_sweep(folder: Path, accuracies: Accuracies, **metrics: object) -> Path:
     """A sweep whose jobs are the keys, overrides; None is a job that failed."""
     jobs = []
     for number, (overrides, accuracy) in enumerate(accuracies.items()):
@@ -41,7 +43,7 @@ def test_the_interval_is_wilsons(right: int, count: int) -> None:
 
 
 def test_accuracy_ranks_and_displacement_vetoes(tmp_path: Path) -> None:
-    accuracies = {("dpo.beta=0.05",): 0.9, ("dpo.beta=0.1",): 0.7, ("dpo.beta=0.5",): 0.8}
+    accuracies: Accuracies = {("dpo.beta=0.05",): 0.9, ("dpo.beta=0.1",): 0.7, ("dpo.beta=0.5",): 0.8}
     folder = write_sweep(tmp_path / "sweep", accuracies)
     displace(folder / "0")
     board = leaderboard.rank(folder)
@@ -49,11 +51,13 @@ def test_accuracy_ranks_and_displacement_vetoes(tmp_path: Path) -> None:
     assert board.entries[2].vetoed
     assert board.best == "python -m fitness_dpo.train dpo.beta=0.5"
     best = board.entries[0].figures
-    assert (best.margin, best.chosen_change, best.rows) == (pytest.approx(1.0), pytest.approx(-0.4), 77)
+    assert best.rows == 77
+    assert best.margin == pytest.approx(1.0)
+    assert best.chosen_change == pytest.approx(-0.4)
 
 
 def test_seeds_of_a_setting_are_one_line(tmp_path: Path) -> None:
-    accuracies = {
+    accuracies: Accuracies = {
         ("lora.r=8", "dpo.seed=0"): 0.6, ("lora.r=8", "dpo.seed=1"): 0.7,
         ("lora.r=16", "dpo.seed=0"): 0.9, ("lora.r=16", "dpo.seed=1"): 0.3,
     }  # fmt: skip
@@ -66,7 +70,7 @@ def test_seeds_of_a_setting_are_one_line(tmp_path: Path) -> None:
 
 
 def test_the_csv_holds_every_figure_and_text_is_escaped_on_the_page(tmp_path: Path) -> None:
-    accuracies = {("dpo.beta=0.05", "data.path='<b>.json'"): 0.6, ("dpo.beta=0.1", "data.path='a,b'"): 0.7}
+    accuracies: Accuracies = {("dpo.beta=0.05", "data.path='<b>.json'"): 0.6, ("dpo.beta=0.1", "data.path='a,b'"): 0.7}
     folder = write_sweep(tmp_path / "sweep", accuracies)
     leaderboard.publish(folder, Console(quiet=True))
     with (folder / "leaderboard.csv").open(newline="") as file:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from fitness_dpo import jobs, sweep
+from fitness_dpo.config import InputError
 from tests.conftest import TINY, read_json, run_verb
 from tests.test_runs import wandb_records
 
@@ -149,7 +150,7 @@ def test_a_sweep_that_still_runs_cannot_be_resumed(tmp_path: Path) -> None:
     with sweep.locked(tmp_path) as lock:
         orphan = subprocess.Popen(["sleep", "30"], pass_fds=[lock])
     try:
-        with pytest.raises(sweep.InputError, match="still runs"), sweep.locked(tmp_path):
+        with pytest.raises(InputError, match="still runs"), sweep.locked(tmp_path):
             pass
     finally:
         orphan.kill()
