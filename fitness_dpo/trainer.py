@@ -64,6 +64,7 @@ def dpo_arguments(config: TrainConfig, run: Path, dtype: torch.dtype, *, validat
         "seed": dpo.seed,
         "data_seed": dpo.seed,
         "use_cpu": not torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # every trained weight has a part in every pair
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": [
             *(["wandb"] if logging.wandb.mode != "disabled" else []),
