@@ -18,7 +18,14 @@ def losses(run: Path) -> list[float]:
 
 
 def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> None:
-    shared = [*TINY, f"data.path={pairs_file}", "dpo.batch_size=2", "dpo.logging_steps=1", "dpo.learning_rate=1e-3"]
+    shared = [
+        *TINY,
+        f"data.path={pairs_file}",
+        "dpo.batch_size=2",
+        "dpo.logging_steps=1",
+        "dpo.learning_rate=1e-3",
+        "dpo.precompute_reference=false",
+    ]
     alone = run_verb("train", *shared, "dpo.gradient_accumulation_steps=2", cwd=tmp_path, OMP_NUM_THREADS="1")
     assert alone.returncode == 0, alone.stderr
     (one,) = (tmp_path / "outputs").glob("*/*")
