@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fitness_dpo import config, distributed, runs, sweep
 from fitness_dpo.gpus import gpu_count
 
+RESOLVING = "InputError raised while resolving interpolation: "
 TEXT_KEYS = ("prompt", "system_prompt", "data.system_prompt")
 
 
@@ -63,8 +64,6 @@ def check_override_keys(arguments: list[str], schema: type) -> None:
 
 def one_line(error: Exception) -> str:
     """The error as a single line that names the key, the value and the mend."""
-    if isinstance(error.__cause__, config.InputError):  # raised by a resolver
-        return one_line(error.__cause__)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         options = [option for option in error.options if option != "__init__"]
@@ -76,6 +75,8 @@ def one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, OmegaConfBaseException):
         lines = [line for line in lines if not re.match(r"(full_key|object_type|reference_type)[:=]", line)]
+        if lines[0].startswith(RESOLVING):
+            return lines[0].removeprefix(RESOLVING)
         if error.full_key:
             lines.insert(0, f"{error.full_key}:")
     return " ".join(lines)

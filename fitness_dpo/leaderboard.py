@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 import shlex
 import statistics
 from dataclasses import dataclass, field
@@ -151,7 +152,7 @@ def rank(folder: Path) -> Leaderboard:
             Entry(
                 jobs=[job["number"] for job in jobs],
                 settings={name: value for name, value in zip(parameters, values, strict=True) if value is not None},
-                overrides=[word for word in jobs[0]["overrides"] if not word.startswith("sweep.")],
+                overrides=jobs[0]["overrides"],
                 figures=mean(each),
                 seeds=[figures.accuracy for figures in each if figures.accuracy is not None] if several else [],
                 sick=None if None in verdicts else list(dict.fromkeys(sick)),
@@ -198,6 +199,11 @@ def shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def setting(value: str) -> str:
+    """A setting's value as it is shown: numbers as Optuna draws them are too long for a table."""
+    return f"{float(value):.4g}" if re.fullmatch(r"-?\d*\.\d{5,}(e-?\d+)?", value) else value
+
+
 def terminal_table(board: Leaderboard) -> Table:
     table = Table(title=f"{board.folder}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     rows = [cells(entry) for entry in board.entries]
@@ -207,7 +213,7 @@ def terminal_table(board: Leaderboard) -> Table:
     for place, (entry, row) in enumerate(zip(board.entries, rows, strict=True), 1):
         table.add_row(
             "veto" if entry.vetoed else str(place),
-            *(entry.settings.get(name, "") for name in board.parameters),
+            *(setting(entry.settings.get(name, "")) for name in board.parameters),
             *(row.get(name, "") for name in used),
             style="dim" if entry.vetoed else "",
         )

@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from fitness_dpo.data_page import STYLE
-from fitness_dpo.leaderboard import Entry, Leaderboard, cells
+from fitness_dpo.leaderboard import Entry, Leaderboard, cells, setting
 
 CELLS = 8  # past so many values of a setting a heat map is drawn as points
 GREY, COLOUR = "#808080", "#1f9e78"
@@ -29,7 +29,7 @@ def page(board: Leaderboard) -> str:
             "vetoed": entry.vetoed,
             "cells": [
                 "veto" if entry.vetoed else place,
-                *(entry.settings.get(name, "") for name in board.parameters), *(row.get(name, "") for name in used),
+                *(setting(entry.settings.get(name, "")) for name in board.parameters), *(row.get(name, "") for name in used),
             ],
         }
         for place, (entry, row) in enumerate(zip(board.entries, rows, strict=True), 1)

@@ -42,6 +42,7 @@ class Sweep:
 
     def add(self, place: int, overrides: list[str], config: TrainConfig) -> list[Job]:
         """The jobs of one setting, the `place`th of the sweep: one for each of sweep.seeds values of dpo.seed."""
+        overrides = [word for word in overrides if not word.startswith("sweep.")]
         count = config.sweep.seeds
         if count == 1:
             return [self.add_job(place, place, overrides, config)]
