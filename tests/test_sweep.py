@@ -189,6 +189,58 @@ def losses(folder: Path, job: int) -> list[float]:
     return [entry["loss"] for entry in read_json(folder / str(job) / "metrics.json")["history"] if "loss" in entry]
 
 
+STAND_IN = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+def job(folder):
+    number, first = folder.name, not (folder / "started").exists()
+    with (folder / "started").open("a") as file:
+        file.write("x")
+    if first and number == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if first and number == "2":
+        sys.exit("RuntimeError: no luck")
+    if first and number == "4":
+        time.sleep(60)
+    after = {"eval_rewards/accuracies": 0.5 + int(number) / 100, "eval_rewards/margins": 0.3, "eval_rewards/chosen": -0.1}
+    rows = {"validation": 77, "too_long": {"validation": 0}}
+    metrics = {"after": after, "rows": rows, "seconds": 1.0, "peak_memory_gib": 0.1}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+if sys.argv[1] == "job":
+    job(Path(sys.argv[2]))
+else:
+    from fitness_dpo import cli, config, jobs, plugins, train
+    jobs.command = lambda folder: [sys.executable, __file__, "job", str(folder.resolve())]
+    plugins.register()
+    cli.verb("config", config.TrainConfig, train.main)
+"""
+
+
+def test_a_kill_a_failure_and_ctrl_c_cost_no_job_and_repeat_none(tmp_path: Path) -> None:
+    """The sweep's side of it alone: its jobs are stand-ins that train nothing. Slow: the same with real runs, below."""
+    (tmp_path / "sweep.py").write_text(STAND_IN)
+    words = ["-m", "dpo.beta=0.05,0.1,0.3", "lora.r=4,8", "hydra.sweep.dir=sweep"]
+    command = [sys.executable, str(tmp_path / "sweep.py"), *words]
+    folder = tmp_path / "sweep"
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    wait_for(process, lambda: (folder / "4" / "started").is_file())
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "sweep.resume=sweep" in said
+    assert states(folder) == ["finished", "failed", "failed", "finished", "interrupted", "waiting"]
+    reasons = [job["reason"] for job in read_json(folder / "sweep.json")["jobs"]]
+    assert reasons[1:3] == ["killed by SIGKILL", "exit status 1: RuntimeError: no luck"]
+
+    again = subprocess.run([*command, "sweep.resume=sweep"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert states(folder) == ["finished"] * 6
+    assert [(folder / str(job) / "started").read_text() for job in range(6)] == ["x", "xx", "xx", "x", "xx", "x"]
+    assert (folder / "leaderboard.csv").read_text().splitlines()[1].startswith("1,5,0.3,8,0.55,77,")
+
+
 @pytest.mark.slow
 def test_nine_runs_survive_a_kill_a_failure_and_an_interruption(pairs_file: Path, tmp_path: Path) -> None:
     """Job 1 is killed, job 2 cannot write its checkpoints, Ctrl-C stops job 4; the same command finishes what is left, and its
