@@ -1,5 +1,6 @@
 """Greedy answers to many prompts at once. Rows leave the batch as they end, so that the last few cost little."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -45,17 +46,18 @@ def answer_all(
 @torch.inference_mode()
 def decode(policy: Policy, rows: list[list[int]], ends: list[int], max_new_tokens: int) -> list[list[int]]:
     """The likeliest next tokens of each row, up to and including one of `ends`."""
-    inputs, mask = pad_left(rows, policy.tokenizer.pad_token_id, policy.model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=policy.model.config)
+    cache, mask = prefill(policy, [row[:-1] for row in rows])
+    latest = torch.tensor([row[-1] for row in rows], device=mask.device)
     going, found = list(range(len(rows))), [[] for _ in rows]  # type: tuple[list[int], list[list[int]]]
     for _ in range(max_new_tokens):
+        positions = mask.sum(1, keepdim=True)
+        mask = torch.cat([mask, mask.new_ones(len(going), 1)], 1)
         logits = policy.model(
-            input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
+            input_ids=latest[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache,
+            use_cache=True,
         ).logits  # fmt: skip
-        likeliest = logits[:, -1].argmax(-1)
-        tokens = likeliest.tolist()
+        latest = logits[:, -1].argmax(-1)
+        tokens = latest.tolist()
         for row, token in zip(going, tokens, strict=True):
             found[row].append(token)
         left = [place for place, token in enumerate(tokens) if token not in ends]
@@ -64,17 +66,36 @@ def decode(policy: Policy, rows: list[list[int]], ends: list[int], max_new_token
         if len(left) < len(going):
             kept = torch.tensor(left, device=mask.device)
             cache.batch_select_indices(kept)
-            mask, positions, likeliest = mask[kept], positions[kept], likeliest[kept]
+            mask, latest = mask[kept], latest[kept]
             going = [going[place] for place in left]
-        inputs = likeliest[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(going), 1)], 1)
-        positions = positions[:, -1:] + 1
     return found
 
 
-def pad_left(rows: list[list[int]], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and their mask, each (rows, longest), the texts at the right end."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+def prefill(policy: Policy, rows: list[list[int]]) -> tuple[DynamicCache, Tensor]:
+    """The cache that holds the rows, and the mask (rows, cached tokens) of what is real in it.
+
+    What all rows begin with, such as a system prompt, is computed once. The rest is padded on the left, so that every row
+    ends where the next token goes.
+    """
+    model, device = policy.model, policy.model.device
+    alike = itertools.takewhile(lambda column: len({*column}) == 1, zip(*rows, strict=False))
+    shared = [column[0] for column in alike]
+    cache = DynamicCache(config=model.config)
+    mask = torch.ones(len(rows), len(shared), dtype=torch.long, device=device)
+    if shared:
+        start = torch.tensor([shared], device=device)
+        model(input_ids=start, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(rows))
+    rest = [row[len(shared) :] for row in rows]
+    width = max(map(len, rest))
+    if width:
+        padding = policy.tokenizer.pad_token_id
+        inputs = torch.tensor([[padding] * (width - len(row)) + row for row in rest], device=device)
+        real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rest], device=device)
+        mask = torch.cat([mask, real], 1)
+        positions = (mask.cumsum(1) - 1)[:, len(shared) :].clamp(min=0)
+        model(
+            input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+    return cache, mask

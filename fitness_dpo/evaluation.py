@@ -77,7 +77,8 @@ def acting_as(side: str, policy: Policy, subject: Subject) -> Iterator[Policy]:
 
 def count(material: Material, sides: Sequence[str]) -> int:
     """All items of an evaluation."""
-    return len(sides) * sum(map(len, (material.rows, material.quiz, material.safety, material.questions)))
+    kinds = len(material.rows), len(material.quiz), len(material.safety), len(material.questions)
+    return len(sides) * sum(kinds)
 
 
 def measure(

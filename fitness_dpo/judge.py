@@ -1,7 +1,6 @@
 """A judge behind an OpenAI-compatible endpoint: which of two answers is better, asked in both orders. Imports no torch."""
 
 import itertools
-import math
 import os
 import re
 import time
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 
 from fitness_dpo.config import InputError, JudgeConfig
 from fitness_dpo.items import Items
@@ -28,6 +26,7 @@ Length is no merit, and neither is the order. Say in one or two sentences what d
 VERDICT: A, VERDICT: B, or VERDICT: TIE where neither is better."""
 REMINDER = "That does not end with a verdict. Reply with one line: VERDICT: A, VERDICT: B or VERDICT: TIE"
 RESAMPLES = 500
+NEWTON_STEPS = 15
 ORDERS = (("tuned", "base"), ("base", "tuned"))
 """Which side is shown as A and which as B."""
 
@@ -179,19 +178,25 @@ def length_controlled(outcome: NDArray[np.float64], longer: NDArray[np.float64])
     deviation), read off at difference 0. Its term for how hard a question is needs many models and is left out.
     outcome: 1 won, 0 lost, in between ties; longer: words tuned - base; both (questions,).
     """
-    scale = longer.std() or 1.0
-    feature = np.tanh(longer / scale)
-    draw = np.random.default_rng(0)
-    resampled = [draw.integers(0, len(outcome), len(outcome)) for _ in range(RESAMPLES)]
-    rates = [_at_equal_length(outcome[picked], feature[picked]) for picked in resampled]
-    low, high = np.percentile(rates, [2.5, 97.5])
-    return {"value": _at_equal_length(outcome, feature), "low": float(low), "high": float(high)}
+    feature = np.tanh(longer / (longer.std() or 1.0))
+    picked = np.random.default_rng(0).integers(0, len(outcome), (RESAMPLES, len(outcome)))
+    low, high = np.percentile(at_equal_length(outcome[picked], feature[picked]), [2.5, 97.5])
+    value = at_equal_length(outcome[None], feature[None])[0]
+    return {"value": float(value), "low": float(low), "high": float(high)}
 
 
-def _at_equal_length(outcome: NDArray[np.float64], feature: NDArray[np.float64]) -> float:
-    if outcome.min() == outcome.max():  # nothing for the length to explain
-        return float(outcome[0])
-    both = np.concatenate([feature, feature])[:, None]  # each question as won and as lost, weighted
-    won = np.repeat([1, 0], len(outcome))
-    model = LogisticRegression().fit(both, won, sample_weight=np.concatenate([outcome, 1 - outcome]))
-    return 1 / (1 + math.exp(-float(model.intercept_[0])))
+def at_equal_length(outcome: NDArray[np.float64], feature: NDArray[np.float64]) -> NDArray[np.float64]:
+    """sigmoid(a) of the logistic regression outcome ~ sigmoid(a + b feature), of each sample: (samples, questions) -> (samples,).
+
+    Newton's method; b has the usual ridge of 1, a faint one keeps a finite where every question is won.
+    """
+    design = np.stack([np.ones_like(feature), feature], -1)
+    ridge = np.array([[1e-3], [1.0]])
+    weights = np.zeros((len(outcome), 2, 1))
+    for _ in range(NEWTON_STEPS):
+        chance = 1 / (1 + np.exp(-design @ weights))
+        turned = design.swapaxes(1, 2)
+        gradient = turned @ (chance - outcome[..., None]) + ridge * weights
+        weights -= np.linalg.solve(turned @ (design * chance * (1 - chance)) + np.diagflat(ridge), gradient)
+    rates: NDArray[np.float64] = 1 / (1 + np.exp(-weights[:, 0, 0]))
+    return rates

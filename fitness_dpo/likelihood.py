@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from fitness_dpo.decoding import pad_left
+from fitness_dpo.decoding import prefill
 from fitness_dpo.model import Policy
 
 
@@ -19,11 +18,12 @@ class Item(NamedTuple):
 def score_all(policy: Policy, items: Sequence[Item], batch_size: int) -> Iterator[tuple[int, list[float]]]:
     """The summed log-probability, in nats, of each item's answers with the item's position, batch by batch.
 
-    Every item has as many answers as the first; `batch_size` counts answers.
+    Every item has as many answers as the first. `batch_size` is meant for answers that grow a token at a time; here all
+    tokens of an answer run at once, and a quarter of it fills any machine.
     """
     several = len(items[0].answers) if items else 1
     order = sorted(range(len(items)), key=lambda p: len(items[p].prompt) + max(map(len, items[p].answers)))
-    step = max(1, batch_size // several)
+    step = max(1, batch_size // 4 // several)
     for start in range(0, len(order), step):
         positions = order[start : start + step]
         yield from zip(positions, score(policy, [items[p] for p in positions]).tolist(), strict=True)
@@ -35,32 +35,25 @@ def score(policy: Policy, items: list[Item]) -> Tensor:
 
     The prompts but for their last token fill the cache; then that token and the answers run on a copy of it each.
     """
-    model, device, padding = policy.model, policy.model.device, policy.tokenizer.pad_token_id
+    device, padding = policy.model.device, policy.tokenizer.pad_token_id
     several = len(items[0].answers)
-    cache = DynamicCache(config=model.config)
-    prompts, mask = pad_left([item.prompt[:-1] for item in items], padding, device)
-    model(
-        input_ids=prompts, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache,
-        use_cache=True, logits_to_keep=1,
-    )  # fmt: skip
+    cache, mask = prefill(policy, [item.prompt[:-1] for item in items])
     cache.batch_repeat_interleave(several)
     mask = mask.repeat_interleave(several, 0)
-    answers = [answer for item in items for answer in item.answers]
-    width = max(map(len, answers))
-    heads = [[item.prompt[-1]] for item in items for _ in item.answers]
+    asked = [(item.prompt[-1], answer) for item in items for answer in item.answers]
+    width = max(len(answer) for _, answer in asked)
     inputs = torch.tensor(
-        [(head + answer[:-1]) + [padding] * (width - len(answer)) for head, answer in zip(heads, answers, strict=True)],
-        device=device,
+        [[last, *answer[:-1]] + [padding] * (width - len(answer)) for last, answer in asked], device=device
     )
-    targets = torch.tensor([answer + [padding] * (width - len(answer)) for answer in answers], device=device)
-    real = torch.arange(width, device=device)[None] < torch.tensor(list(map(len, answers)), device=device)[:, None]
-    logits = model(
-        input_ids=inputs, attention_mask=torch.cat([mask, real.to(mask.dtype)], 1),
+    targets = torch.tensor([answer + [padding] * (width - len(answer)) for _, answer in asked], device=device)
+    real = torch.tensor([[1] * len(answer) + [0] * (width - len(answer)) for _, answer in asked], device=device)
+    logits = policy.model(
+        input_ids=inputs, attention_mask=torch.cat([mask, real], 1),
         position_ids=mask.sum(1, keepdim=True) + torch.arange(width, device=device), past_key_values=cache,
         use_cache=True,
     ).logits  # fmt: skip
-    totals = [  # row by row: all of the batch in float32 would be gigabytes with a large vocabulary
-        (row.float().log_softmax(-1).gather(-1, target[:, None]).squeeze(-1) * held).sum()
-        for row, target, held in zip(logits, targets, real, strict=True)
-    ]
+    totals = []
+    for row, target, held in zip(logits, targets, real, strict=True):  # all at once would be gigabytes in float32
+        row = row.float()
+        totals.append(((row.gather(-1, target[:, None]).squeeze(-1) - row.logsumexp(-1)) * held).sum())
     return torch.stack(totals).view(len(items), several)

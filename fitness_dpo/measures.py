@@ -50,7 +50,7 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
     lost, won = int((one & ~other).sum()), int((~one & other).sum())
     total = lost + won
     tail = sum(math.comb(total, count) for count in range(min(lost, won) + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return float(min(1.0, 2 * tail / 2**total))
 
 
 def words(text: str) -> list[str]:

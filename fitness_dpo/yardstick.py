@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import diags
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
@@ -18,12 +19,12 @@ def build_vectorizer() -> TfidfVectorizer:
 
 
 def fit_differences(differences: Any) -> LogisticRegression:
-    """A linear classifier of pair differences (chosen - rejected, a sparse (pairs, features)), without an intercept.
+    """A linear classifier of pair differences, chosen - rejected, without an intercept. differences: (pairs, features).
 
-    Every second difference is turned round, so that there are two classes; without an intercept that changes nothing else.
+    Every second one is turned round, so that there are two classes; without an intercept that changes nothing else.
     """
     sign = np.where(np.arange(differences.shape[0]) % 2 == 0, 1.0, -1.0)
-    return LogisticRegression(fit_intercept=False, max_iter=1000).fit(differences.multiply(sign[:, None]).tocsr(), sign)
+    return LogisticRegression(fit_intercept=False, max_iter=1000).fit(diags(sign) @ differences, sign)
 
 
 def right_by_answers_alone(train: Sequence[Example], test: Sequence[Example]) -> NDArray[np.bool_] | None:

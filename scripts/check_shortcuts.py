@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
+
+from fitness_dpo.yardstick import build_vectorizer, fit_differences
 
 Row = dict[str, Any]
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "fitness_qa"
@@ -48,16 +49,9 @@ def groups(rows: list[Row]) -> list[str]:
 def pair_accuracy(chosen: Any, rejected: Any, group: list[str]) -> float:
     """Accuracy of a linear classifier on pair differences. chosen, rejected: (pairs, features)."""
     difference = chosen - rejected
-    sign = np.where(np.random.default_rng(0).random(difference.shape[0]) < 0.5, -1.0, 1.0)
     correct = []
-    for train, test in GroupKFold(10, shuffle=True, random_state=0).split(sign, groups=group):
-        signed = (
-            difference[train].multiply(sign[train, None]).tocsr()
-            if hasattr(difference, "multiply")
-            else difference[train] * sign[train, None]
-        )
-        model = LogisticRegression(fit_intercept=False, max_iter=1000).fit(signed, sign[train])
-        correct.extend(model.decision_function(difference[test]) > 0)
+    for train, test in GroupKFold(10, shuffle=True, random_state=0).split(difference, groups=group):
+        correct.extend(fit_differences(difference[train]).decision_function(difference[test]) > 0)
     return float(np.mean(correct))
 
 
@@ -75,7 +69,7 @@ def length_accuracy(rows: list[Row]) -> float:
 
 
 def tfidf(rows: list[Row]) -> tuple[TfidfVectorizer, Any, Any]:
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    vectorizer = build_vectorizer()
     vectorizer.fit([r["chosen"] for r in rows] + [r["rejected"] for r in rows])
     return (
         vectorizer,
@@ -87,10 +81,7 @@ def tfidf(rows: list[Row]) -> tuple[TfidfVectorizer, Any, Any]:
 def giveaways(rows: list[Row], count: int = 15) -> tuple[list[str], list[str]]:
     """The words that speak most for chosen and for rejected."""
     vectorizer, chosen, rejected = tfidf(rows)
-    difference = chosen - rejected
-    sign = np.where(np.arange(len(rows)) % 2 == 0, 1.0, -1.0)
-    model = LogisticRegression(fit_intercept=False, max_iter=1000).fit(difference.multiply(sign[:, None]).tocsr(), sign)
-    order = np.argsort(model.coef_[0])
+    order = np.argsort(fit_differences(chosen - rejected).coef_[0])
     names = vectorizer.get_feature_names_out()
     return [names[i] for i in order[::-1][:count]], [names[i] for i in order[:count]]
 
