@@ -90,9 +90,9 @@ def verdict(metrics: dict[str, Any], found: list[Breach]) -> str:
         )
     if reasons:
         return f"not better, because {'; '.join(reasons)}"
-    change = preference["difference"]["logp_accuracy"]
+    before, after = preference["base"]["logp_accuracy"]["value"], preference["tuned"]["logp_accuracy"]["value"]
     return (
         f"better, because it moved towards the chosen answer in {accuracy['value']:.0%} of the held-out pairs "
-        f"[{accuracy['low']:.0%}, {accuracy['high']:.0%}], finds it the likelier one in {change['value']:+.0%} more of them "
-        f"[{change['low']:+.0%}, {change['high']:+.0%}], and lost nothing beyond noise on the quiz, safety and degeneration"
+        f"[{accuracy['low']:.0%}, {accuracy['high']:.0%}], finds it the likelier one in {after:.0%} of them ({before:.0%} before), "
+        "and lost nothing beyond noise on the quiz, safety and degeneration"
     )

@@ -63,7 +63,8 @@ def preference_rows(scores: Scores) -> Iterator[Row]:
         yield "reward accuracy", "", figure(scores["accuracy"], ".3f"), spread(scores["accuracy"], ".3f", value=False)
         if scores["tfidf"] is not None:
             tfidf = scores["tfidf"]
-            yield "… above TF-IDF on answers", figure(tfidf["accuracy"], ".3f"), "", spread(tfidf["difference"], "+.3f")
+            own, theirs = figure(scores["accuracy"], ".3f"), figure(tfidf["accuracy"], ".3f")
+            yield "… against TF-IDF on answers", theirs, own, spread(tfidf["difference"], "+.3f")
         yield "reward margin", "", figure(scores["margin"], ".3f"), spread(scores["margin"], ".3f", value=False)
         for side in ("chosen", "rejected"):
             change = scores[f"{side}_change"]

@@ -52,6 +52,25 @@ def test_a_batch_of_greedy_answers_is_the_answers_one_by_one(perturbed: Policy, 
         assert [batched[place].text for place in range(4)] == alone
 
 
+@pytest.mark.slow
+def test_the_embedded_models_batched_answers_are_those_one_by_one(compose_train: Any) -> None:
+    config = compose_train("model=smollm2_135m", "model.dtype=float32", "logging.sampling.max_new_tokens=32")
+    policy = load_base(config.model)
+    prompts = [ask(question, config.data.system_prompt) for question in QUESTIONS]
+    alone = [generate(policy, [prompt], config.logging.sampling)[0] for prompt in prompts]
+    batched = dict(answer_all(policy, prompts, 32, 4))
+    assert [batched[place].text for place in range(4)] == alone
+    template = ChatTemplate(policy.tokenizer)
+    items = [
+        Item(template.prompt_ids(prompt), [template.answer_ids(prompt, answer) for answer in ("Yes.", alone[place])])
+        for place, prompt in enumerate(prompts)
+    ]
+    scored = dict(score_all(policy, items, 32))
+    for place, item in enumerate(items):
+        expected = [plain_logps(policy, item.prompt, answer) for answer in item.answers]
+        assert scored[place] == pytest.approx(expected, abs=1e-3)
+
+
 def test_rows_leave_the_batch_as_they_end(perturbed: Policy) -> None:
     """With a token that answers hold made an ending, each must stop at its first one while the others go on unchanged."""
     template = ChatTemplate(perturbed.tokenizer)
