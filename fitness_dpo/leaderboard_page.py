@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from fitness_dpo.data_page import STYLE
 from fitness_dpo.leaderboard import Entry, Leaderboard, cells, setting
@@ -130,6 +131,9 @@ class Axis:
     def label(self, axis: Any, set_scale: Any) -> None:
         if self.logarithmic:
             set_scale("log")
+            axis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         if len(self.values) <= CELLS:
             axis.set_ticks(self.places, self.values)
             axis.set_ticks([], minor=True)
