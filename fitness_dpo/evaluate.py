@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fitness_dpo import runs
+from fitness_dpo.bot import UNTUNED
 from fitness_dpo.cli import verb
 from fitness_dpo.config import DataConfig, EvaluateConfig, InputError, ModelConfig, TrainConfig
 from fitness_dpo.data import load_preferences
 from fitness_dpo.exam import read_quiz, read_safety
 from fitness_dpo.gate import breaches, verdict
-from fitness_dpo.infer import UNTUNED
 from fitness_dpo.items import Items, recorded_settings
 from fitness_dpo.model import override
 from fitness_dpo.weights import locate, sha256

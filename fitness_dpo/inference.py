@@ -1,14 +1,17 @@
 """Conversations -> answers. Training samples, evaluation and chat all come through here."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Thread
+from queue import Queue
+from threading import Event
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import GenerationConfig, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
-from fitness_dpo.config import InputError, SamplingConfig
+from fitness_dpo.config import SamplingConfig
 from fitness_dpo.data import Message, standardise
 from fitness_dpo.model import Policy
 from fitness_dpo.template import ChatTemplate
@@ -33,20 +36,54 @@ def generate(policy: Policy, prompts: list[list[Message]], sampling: SamplingCon
     with answering(policy.model, sampling):
         output = policy.model.generate(
             input_ids=inputs.to(policy.model.device), attention_mask=mask.to(policy.model.device),
-            generation_config=_generation_config(policy, sampling),
+            generation_config=generation_config(policy, sampling),
         )  # fmt: skip
     answers: list[str] = policy.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
 
-def stream(policy: Policy, prompt: list[Message], sampling: SamplingConfig) -> Iterator[str]:
-    """The answer to one prompt, piece by piece as it is generated."""
+class Pieces(BaseStreamer):
+    """Turns tokens into text as they are generated. Nothing is held back but a character whose bytes are not all there."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.queue = tokenizer, Queue[str | None]()
+        self.ids: list[int] | None = None
+        self.sent = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.ids is None:  # transformers sends the prompt first
+            self.ids = []
+            return
+        self.ids += value.tolist()
+        text = self.text()
+        if not text.endswith("\ufffd"):
+            self.send(text)
+
+    def end(self) -> None:
+        self.send(self.text())
+        self.queue.put(None)
+
+    def text(self) -> str:
+        text: str = self.tokenizer.decode(self.ids or [], skip_special_tokens=True)
+        return text
+
+    def send(self, text: str) -> None:
+        if len(text) > self.sent:
+            self.queue.put(text[self.sent :])
+            self.sent = len(text)
+
+
+def stream(policy: Policy, prompt: list[Message], sampling: SamplingConfig) -> Generator[str, None, None]:
+    """The answer to one prompt, piece by piece as it is generated. Closing it stops the model within a token."""
     ids = ChatTemplate(policy.tokenizer).prompt_ids(prompt)
-    streamer = TextIteratorStreamer(policy.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer, stopped = Pieces(policy.tokenizer), Event()
     inputs = torch.tensor([ids], device=policy.model.device)
     arguments: dict[str, Any] = {
         "input_ids": inputs, "attention_mask": torch.ones_like(inputs),
-        "generation_config": _generation_config(policy, sampling), "streamer": streamer,
+        "generation_config": generation_config(policy, sampling), "streamer": streamer,
+        "stopping_criteria": StoppingCriteriaList(
+            [lambda ids, *_, **__: torch.full((len(ids),), stopped.is_set(), device=ids.device)]
+        ),
     }  # fmt: skip
 
     def run() -> None:
@@ -56,24 +93,13 @@ def stream(policy: Policy, prompt: list[Message], sampling: SamplingConfig) -> I
         finally:
             streamer.end()
 
-    worker = Thread(target=run)
-    worker.start()
-    yield from streamer
-    worker.join()
-
-
-def prompt_length(policy: Policy, prompt: list[Message]) -> int:
-    """Tokens of the conversation up to the answer."""
-    return len(ChatTemplate(policy.tokenizer).prompt_ids(prompt))
-
-
-def check_window(policy: Policy, prompt: list[Message], max_length_tokens: int) -> None:
-    """Raise InputError for a conversation that leaves no room to answer."""
-    length = prompt_length(policy, prompt)
-    if length >= max_length_tokens:
-        raise InputError(
-            f"prompt: {length} tokens fill model.max_length_tokens={max_length_tokens}; shorten it or raise the limit"
-        )
+    with ThreadPoolExecutor(1) as worker:
+        done = worker.submit(run)
+        try:
+            yield from iter(streamer.queue.get, None)
+        finally:
+            stopped.set()
+        done.result()
 
 
 @contextmanager
@@ -90,7 +116,8 @@ def answering(model: Any, sampling: SamplingConfig) -> Iterator[None]:
                 model.for_training() if hasattr(model, "for_training") else model.train()
 
 
-def _generation_config(policy: Policy, sampling: SamplingConfig) -> GenerationConfig:
+def generation_config(policy: Policy, sampling: SamplingConfig) -> GenerationConfig:
+    """How transformers draws an answer under these settings."""
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.do_sample else {}
     return GenerationConfig(
         do_sample=sampling.do_sample, max_new_tokens=sampling.max_new_tokens, use_cache=True,

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import peft
 
+from fitness_dpo.bot import UNTUNED
 from fitness_dpo.config import SamplingConfig
 from fitness_dpo.decoding import answer_all
 from fitness_dpo.exam import read_safety
-from fitness_dpo.infer import UNTUNED
 from fitness_dpo.inference import ask, generate
 from fitness_dpo.model import Policy, load_base
 

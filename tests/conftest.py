@@ -2,9 +2,13 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +87,27 @@ def run_verb(
     )  # fmt: skip
 
 
+@contextmanager
+def served(verb: str, *arguments: str) -> Iterator[str]:
+    """The address at which `python -m fitness_dpo.VERB arguments` answers, on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", f"fitness_dpo.{verb}", f"port={port}", *arguments]
+    with subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}) as process:
+        try:
+            while True:
+                assert process.poll() is None, f"{verb} did not start"
+                try:
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
     """The folder of a finished two-step run of the tiny model, its wandb run offline."""
@@ -90,6 +115,33 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
     done = run_verb("train", *TINY, f"data.path={pairs_file}", "dpo.logging_steps=1", cwd=home)
     assert done.returncode == 0, done.stderr
     (run,) = (home / "outputs").glob("*/*")
+    return run
+
+
+@pytest.fixture(scope="session")
+def talker(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a tiny model that says printable characters only, the untuned one others than the tuned one."""
+    import numpy
+    from safetensors.numpy import load_file, save_file
+
+    from fitness_dpo.weights import locate
+
+    home = tmp_path_factory.mktemp("talker")
+    model, run = home / "model", home / "outputs" / "2026-01-01" / "00-00-00"
+    shutil.copytree(locate("embedded:tiny", None), model)
+    weights = load_file(model / "model.safetensors")
+    vocabulary = read_json(model / "tokenizer.json")["model"]["vocab"]
+    silent = [token for text, token in vocabulary.items() if not (len(text) == 1 and "!" <= text <= "~")]
+    weights["model.embed_tokens.weight"][silent] = 0
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("wandb", "checkpoints"))
+    settings = run / "config.yaml"
+    settings.write_text(settings.read_text().replace("embedded:tiny", str(model)))
+    adapter, draw = load_file(run / "adapter" / "adapter_model.safetensors"), numpy.random.default_rng(0)
+    for name in sorted(adapter):
+        if "lora_B" in name:
+            adapter[name] = draw.normal(scale=0.3, size=adapter[name].shape).astype("float32")
+    save_file(adapter, run / "adapter" / "adapter_model.safetensors", {"format": "pt"})
     return run
 
 

@@ -87,7 +87,8 @@ def test_4bit_where_bitsandbytes_does_not_run(backend: str, pairs_file: Path, tm
 def test_infer_without_a_run_or_a_question(tmp_path: Path) -> None:
     assert "no finished run under" in one_line("infer", "prompt=Hello", cwd=tmp_path)
     assert "no config.yaml there" in one_line("infer", "prompt=Hello", "run=nowhere", cwd=tmp_path)
-    assert "no question and no terminal" in one_line("infer", cwd=tmp_path)
+    assert "there is no question" in one_line("infer", cwd=tmp_path)
+    assert "there is no question" in one_line("infer", "prompt= ", cwd=tmp_path)
 
 
 def test_infer_with_an_adapter_that_is_missing_or_does_not_fit(trained: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The shape, units and checks of every setting, a module a group of conf/. The values live in conf/, nowhere else.
 Imports no torch."""
 
+from fitness_dpo.config.answering import BotConfig, ChatConfig, InferConfig, ServeConfig
 from fitness_dpo.config.checks import InputError
 from fitness_dpo.config.data import ColumnsConfig, DataConfig
 from fitness_dpo.config.dpo import DpoConfig
@@ -8,10 +9,10 @@ from fitness_dpo.config.evaluate import EvaluateConfig, GateConfig, JudgeConfig
 from fitness_dpo.config.logging import LoggingConfig, SamplingConfig, WandbConfig
 from fitness_dpo.config.model import LoraConfig, ModelConfig, ModelOverrides
 from fitness_dpo.config.sweep import SweepConfig
-from fitness_dpo.config.verbs import InferConfig, InspectConfig, LeaderboardConfig, TrainConfig, register
+from fitness_dpo.config.verbs import InspectConfig, LeaderboardConfig, TrainConfig, register
 
 __all__ = [
-    "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "GateConfig", "InferConfig", "InputError",
-    "InspectConfig", "JudgeConfig", "LeaderboardConfig", "LoggingConfig", "LoraConfig", "ModelConfig",
-    "ModelOverrides", "SamplingConfig", "SweepConfig", "TrainConfig", "WandbConfig", "register",
+    "BotConfig", "ChatConfig", "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "GateConfig", "InferConfig",
+    "InputError", "InspectConfig", "JudgeConfig", "LeaderboardConfig", "LoggingConfig", "LoraConfig", "ModelConfig",
+    "ModelOverrides", "SamplingConfig", "ServeConfig", "SweepConfig", "TrainConfig", "WandbConfig", "register",
 ]  # fmt: skip

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from fitness_dpo.config.answering import ChatConfig, InferConfig, ServeConfig
 from fitness_dpo.config.checks import require
 from fitness_dpo.config.data import DataConfig
 from fitness_dpo.config.dpo import DpoConfig
 from fitness_dpo.config.evaluate import EvaluateConfig
-from fitness_dpo.config.logging import LoggingConfig, SamplingConfig
-from fitness_dpo.config.model import LoraConfig, ModelConfig, ModelOverrides
+from fitness_dpo.config.logging import LoggingConfig
+from fitness_dpo.config.model import LoraConfig, ModelConfig
 from fitness_dpo.config.sweep import SweepConfig
 
 
@@ -37,18 +38,6 @@ class TrainConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class InferConfig:
-    run: str = MISSING
-    """`latest` or a run folder."""
-    prompt: str | None = MISSING
-    """The question; null opens a conversation in a terminal."""
-    system_prompt: str | None = MISSING
-    """Replaces the run's system prompt; null keeps it."""
-    model: ModelOverrides = MISSING
-    sampling: SamplingConfig = MISSING
-
-
-@dataclass(slots=True, kw_only=True)
 class InspectConfig:
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
@@ -67,5 +56,7 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="infer_schema", node=InferConfig)
+    store.store(name="chat_schema", node=ChatConfig)
+    store.store(name="serve_schema", node=ServeConfig)
     store.store(name="inspect_schema", node=InspectConfig)
     store.store(name="leaderboard_schema", node=LeaderboardConfig)
