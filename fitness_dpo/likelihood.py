@@ -19,7 +19,7 @@ def score_all(policy: Policy, items: Sequence[Item], batch_size: int) -> Iterato
     """The summed log-probability, in nats, of each item's answers with the item's position, batch by batch.
 
     Every item has as many answers as the first. `batch_size` is meant for answers that grow a token at a time; here all
-    tokens of an answer run at once, and a quarter of it fills any machine.
+    tokens of an answer run at once, so a quarter of it is taken.
     """
     several = len(items[0].answers) if items else 1
     order = sorted(range(len(items)), key=lambda p: len(items[p].prompt) + max(map(len, items[p].answers)))
