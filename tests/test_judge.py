@@ -223,7 +223,7 @@ def test_transformers_serve_with_the_embedded_model(tmp_path: Path) -> None:
 def wait_for(url: str, model: str, serving: "subprocess.Popen[bytes]") -> Judge:
     for _ in range(240):
         try:
-            return Judge(settings(url, model=model, timeout_seconds=120, retries=1, max_new_tokens=24))
+            return Judge(settings(url, model=model, timeout_seconds=120, retries=0, max_new_tokens=8))
         except InputError:
             assert serving.poll() is None, "the server ended"
             time.sleep(0.5)
