@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fitness_dpo import jobs, sweep
+from fitness_dpo import jobs, runs, sweep
 from fitness_dpo.config import InputError
 from tests.conftest import TINY, read_json, run_verb
 from tests.test_runs import wandb_records
@@ -185,7 +185,7 @@ def states(folder: Path) -> list[str]:
     return [job["state"] for job in read_json(folder / "sweep.json")["jobs"]]
 
 
-def losses(folder: Path, job: int) -> list[float]:
+def losses(folder: Path, job: int | str) -> list[float]:
     return [entry["loss"] for entry in read_json(folder / str(job) / "metrics.json")["history"] if "loss" in entry]
 
 
@@ -243,8 +243,8 @@ def test_a_kill_a_failure_and_ctrl_c_cost_no_job_and_repeat_none(tmp_path: Path)
 
 @pytest.mark.slow
 def test_nine_runs_survive_a_kill_a_failure_and_an_interruption(pairs_file: Path, tmp_path: Path) -> None:
-    """Job 1 is killed, job 2 cannot write its checkpoints, Ctrl-C stops job 4; the same command finishes what is left, and its
-    numbers are those of the same grid two at once."""
+    """Job 1 is killed, job 2 cannot write its checkpoints, Ctrl-C stops job 4 after a checkpoint; the same command finishes
+    what is left, and job 4 ends with the numbers of a run that nothing stopped."""
     folder = tmp_path / "outputs" / "multirun" / "day" / "time"
     arguments = [*grid(pairs_file), f"hydra.sweep.dir={folder}"]
     (folder / "2").mkdir(parents=True)
@@ -253,7 +253,7 @@ def test_nine_runs_survive_a_kill_a_failure_and_an_interruption(pairs_file: Path
         wait_for(process, lambda: (folder / "1" / "output.log").is_file())
         (job,) = psutil.Process(process.pid).children()
         job.kill()
-        wait_for(process, lambda: (folder / "4" / "checkpoints" / "checkpoint-1" / "trainer_state.json").is_file())
+        wait_for(process, lambda: runs.last_checkpoint(folder / "4"))
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said
@@ -270,19 +270,13 @@ def test_nine_runs_survive_a_kill_a_failure_and_an_interruption(pairs_file: Path
     assert states(folder) == ["finished"] * 9
     assert {job: (folder / job / "metrics.json").stat().st_mtime_ns for job in ("0", "3")} == before, "none runs twice"
     assert (folder / "leaderboard.csv").read_text().count("\n") == 10
-
-    twice = tmp_path / "outputs" / "multirun" / "day" / "later"
-    done = run_verb(
-        "train",
-        "-m",
-        *grid(pairs_file),
-        "sweep.at_once=2",
-        f"hydra.sweep.dir={twice}",
-        cwd=tmp_path,
+    whole = run_verb(
+        "train", *QUIET, "dpo.beta=0.1", "lora.r=8", "dpo.max_steps=8", f"data.path={pairs_file}", cwd=tmp_path,
         OMP_NUM_THREADS="1",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [losses(folder, job) for job in range(9)] == [losses(twice, job) for job in range(9)]
+    )  # fmt: skip
+    assert whole.returncode == 0, whole.stderr
+    (alone,) = (tmp_path / "outputs").glob("20*/*")
+    assert losses(folder, 4) == losses(alone.parent, alone.name)
 
 
 def grid(pairs_file: Path) -> list[str]:
@@ -293,13 +287,19 @@ def grid(pairs_file: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_numbers_and_a_gpu_to_each_job(pairs_file: Path, tmp_path: Path) -> None:
-    """On a cluster of its own, with two GPUs that only Ray believes in."""
+def test_two_at_once_and_ray_give_the_numbers_of_one_after_another(pairs_file: Path, tmp_path: Path) -> None:
+    """Ray on a cluster of its own, with two GPUs that only Ray believes in."""
     pytest.importorskip("ray")
     words = [*QUIET, "dpo.beta=0.05,0.1,0.3", f"data.path={pairs_file}"]
     alone = tmp_path / "alone"
     done = run_verb("train", "-m", *words, f"hydra.sweep.dir={alone}", cwd=tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
+    twice = tmp_path / "twice"
+    done = run_verb(
+        "train", "-m", *words, "sweep.at_once=2", f"hydra.sweep.dir={twice}", cwd=tmp_path, OMP_NUM_THREADS="1"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [losses(alone, job) for job in range(3)] == [losses(twice, job) for job in range(3)]
     ray = str(Path(sys.executable).with_name("ray"))
     start = [sys.executable, ray] if Path(ray).is_file() else [sys.executable, "-m", "ray.scripts.scripts"]
     head = subprocess.Popen(
