@@ -93,9 +93,10 @@ def signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> No
 
 
 def stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Interrupt, wait, and kill what has not ended after GRACE_SECONDS, or at once on a second Ctrl-C."""
+    """Ask to end, wait, and kill what has not ended after GRACE_SECONDS, or at once on a second Ctrl-C. SIGTERM, since a shell may
+    have SIGINT ignored."""
     for process in processes:
-        signal_group(process, signal.SIGINT)
+        signal_group(process, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
     with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
         for process in processes:

@@ -84,7 +84,7 @@ class Sweep:
         waiting = [job for job in jobs if job.state != "finished"]
         running: list[Job] = []
         self.write()
-        with interrupted_by_sigterm(), Board(list(self.jobs.values()), console) as board:
+        with interruptible(), Board(list(self.jobs.values()), console) as board:
             try:
                 while waiting or running:
                     while waiting and len(running) < runner.at_once:
@@ -200,17 +200,19 @@ def locked(folder: Path) -> Iterator[int]:
 
 
 @contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Make SIGTERM, which a cluster sends before it takes a machine away, end the sweep as Ctrl-C does."""
+def interruptible() -> Iterator[None]:
+    """Make SIGTERM, which a cluster sends before it takes a machine away, end the sweep as Ctrl-C does, and Ctrl-C too where
+    the shell has it ignored, as for a job in the background of a script."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Board:
