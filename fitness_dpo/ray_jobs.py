@@ -24,7 +24,7 @@ class RayJobs:
                 raise InputError(
                     f"hydra.launcher.address={address}: no Ray cluster there; ray start --head makes one"
                 ) from error
-        held: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        held: dict[str, float] = ray.cluster_resources()
         gpus = int(held.get("GPU", 0) > 0) if num_gpus is None else num_gpus
         room = min(int(held.get("CPU", 0) // num_cpus), int(held.get("GPU", 0) // gpus) if gpus else 2**31)
         if room < 1:
