@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train evaluate infer test test-slow lint format lock wheel clean
+.PHONY: help install data train evaluate infer chat serve test test-slow test-browser lint format lock wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,6 +27,12 @@ infer: $(VENV)/installed ## ask the newest run: make infer Q="How often should I
 	@if [ -n "$$Q" ]; then printf '%s\n' "$$Q" | $(BIN)/python -m fitness_dpo.infer $(ARGS); \
 	else $(BIN)/python -m fitness_dpo.infer $(ARGS); fi
 
+chat: $(VENV)/installed ## open a web page to talk with the newest run: http://127.0.0.1:7860
+	$(BIN)/python -m fitness_dpo.chat $(ARGS)
+
+serve: $(VENV)/installed ## serve the newest run over the OpenAI API: http://127.0.0.1:8000/v1
+	$(BIN)/python -m fitness_dpo.serve $(ARGS)
+
 test: $(VENV)/installed ## lint, type-check and run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,6 +41,9 @@ test: $(VENV)/installed ## lint, type-check and run the tests
 
 test-slow: $(VENV)/installed ## the tests that install a wheel, run the notebook or need long
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(VENV)/installed ## the pages in Chromium (/usr/bin/chromium)
+	$(BIN)/python -m pytest -m browser
 
 format: $(VENV)/installed ## format the code
 	$(BIN)/ruff check --fix .
