@@ -1,0 +1,115 @@
+"""The OpenAI chat API over one policy: transformers' own serving code, fed with the prompts that the bot was trained on.
+
+`transformers serve` itself renders a conversation first and tokenizes it then, so that `<|im_end|>` in a question ends the
+question. Here ChatTemplate makes the token ids, and what a client writes stays text.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from transformers import GenerationConfig
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.utils import GenerateManager, Modality, set_torch_seed
+
+from fitness_dpo.bot import Bot
+from fitness_dpo.config import InputError, SamplingConfig, ServeConfig
+from fitness_dpo.conversation import fit
+from fitness_dpo.data import Message
+from fitness_dpo.inference import ask, generation_config
+from fitness_dpo.model import Policy
+from fitness_dpo.template import ChatTemplate
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+def build_app(policy: Policy, bot: Bot, config: ServeConfig) -> FastAPI:
+    """The server: POST /v1/chat/completions, GET /v1/models and GET /health. Requests wait for one another."""
+    app = FastAPI(title="fitness_dpo", docs_url=None, redoc_url=None, openapi_url=None)
+    handler = ChatHandler(policy, bot, config)
+
+    @app.exception_handler(InputError)
+    async def refuse(_: Request, error: InputError) -> JSONResponse:
+        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+
+    @app.post("/v1/chat/completions")
+    async def complete(request: Request, body: dict[str, Any]) -> Response:
+        response: Response = await handler.handle_request(body, f"chatcmpl-{id(request):x}")
+        return response
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {
+            "object": "list",
+            "data": [{"id": config.name, "object": "model", "created": 0, "owned_by": "fitness_dpo"}],
+        }
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    return app
+
+
+class ChatHandler(ChatCompletionHandler):
+    """transformers' handler with this project's prompts, one model and its sampling."""
+
+    def __init__(self, policy: Policy, bot: Bot, config: ServeConfig) -> None:
+        self.policy, self.bot, self.config = policy, bot, config
+        self.template = ChatTemplate(policy.tokenizer)
+        self.manager = GenerateManager()
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        self._validate_request(body)
+        name = body.get("model")
+        if name != self.config.name:
+            raise InputError(f"model={name}: this server has model={self.config.name} alone; ask for that")
+        sampling = requested_sampling(body, self.config.sampling)
+        ids = self.template.prompt_ids(self.prompt(body.get("messages"), sampling))
+        input_ids = torch.tensor([ids], device=self.policy.model.device)
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        drawn: GenerationConfig = generation_config(self.policy, sampling)
+        if body.get("stop") is not None:
+            drawn.stop_strings = body["stop"]
+        if body.get("seed") is not None:
+            set_torch_seed(sampling.seed)
+        arguments = (request_id, self.policy.model, self.policy.tokenizer, self.config.name, inputs, drawn)
+        if body.get("stream"):
+            return self._streaming(*arguments, gen_manager=self.manager)
+        return await self._non_streaming(*arguments, gen_manager=self.manager)
+
+    def prompt(self, sent: Any, sampling: SamplingConfig) -> list[Message]:
+        """The conversation a request brings, behind the run's system prompt where it brings none, cleaned as in training."""
+        if not isinstance(sent, list) or not sent or not all(isinstance(message, dict) for message in sent):
+            raise InputError("messages: send at least one message")
+        stranger = next((message.get("role") for message in sent if message.get("role") not in ROLES), None)
+        if stranger is not None or sent[-1]["role"] != "user":
+            raise InputError(
+                f"messages: role {stranger or sent[-1]['role']}; send {', '.join(ROLES)}, a user's message last"
+            )
+        texts = self.get_processor_inputs_from_messages(sent, Modality.LLM)
+        *before, question = [{"role": ROLES[text["role"]], "content": str(text["content"])} for text in texts]
+        has_system = bool(before) and before[0]["role"] == "system"
+        system = before.pop(0)["content"] if has_system else self.bot.system_prompt
+        asked = ask(question["content"], system, tuple(before), standardised=self.bot.standardised)
+        messages, forgotten = fit(self.policy, asked, self.bot.model.max_length_tokens, sampling.max_new_tokens)
+        if forgotten:
+            raise InputError(
+                f"messages: too long for model.max_length_tokens={self.bot.model.max_length_tokens} and an answer of "
+                f"{sampling.max_new_tokens} tokens; leave out the oldest {forgotten} questions"
+            )
+        return messages
+
+
+def requested_sampling(body: dict[str, Any], sampling: SamplingConfig) -> SamplingConfig:
+    """`sampling` with what a request says about temperature, top_p, seed and length. Temperature 0 is greedy."""
+    asked: dict[str, Any] = {key: body[key] for key in ("top_p", "seed") if body.get(key) is not None}
+    longest = body.get("max_completion_tokens") or body.get("max_tokens")
+    if longest is not None:
+        asked["max_new_tokens"] = int(longest)
+    temperature = body.get("temperature")
+    if temperature is not None:
+        asked |= {"do_sample": temperature > 0} | ({"temperature": float(temperature)} if temperature > 0 else {})
+    return replace(sampling, **asked)
