@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train evaluate infer chat serve test test-slow test-browser lint format lock wheel clean
+.PHONY: help install llama data train evaluate infer chat serve export test test-slow test-browser test-export lint format lock \
+  wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -13,6 +14,11 @@ $(VENV)/installed: requirements.lock pyproject.toml scripts/install.sh
 	PYTHON=$(PYTHON) sh scripts/install.sh $(VENV)
 
 install: $(VENV)/installed ## create .venv with everything in it
+
+$(VENV)/share/llama.cpp/installed: $(VENV)/installed scripts/install_llama_cpp.sh
+	PYTHON=$(PYTHON) sh scripts/install_llama_cpp.sh $(VENV)
+
+llama: $(VENV)/share/llama.cpp/installed ## build llama.cpp into .venv, for GGUF and Ollama exports (minutes)
 
 data: $(VENV)/installed ## report on the embedded preference set (ARGS="data.path=pairs.jsonl" on your own)
 	$(BIN)/python -m fitness_dpo.inspect_data $(ARGS)
@@ -33,6 +39,9 @@ chat: $(VENV)/installed ## open a web page to talk with the newest run: http://1
 serve: $(VENV)/installed ## serve the newest run over the OpenAI API: http://127.0.0.1:8000/v1
 	$(BIN)/python -m fitness_dpo.serve $(ARGS)
 
+export: $(VENV)/installed ## turn the newest run into a model for other programs (ARGS="format=gguf"; gguf and ollama want make llama)
+	$(BIN)/python -m fitness_dpo.export $(ARGS)
+
 test: $(VENV)/installed ## lint, type-check and run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,6 +53,9 @@ test-slow: $(VENV)/installed ## the tests that install a wheel, run the notebook
 
 test-browser: $(VENV)/installed ## the pages in Chromium (/usr/bin/chromium)
 	$(BIN)/python -m pytest -m browser
+
+test-export: $(VENV)/share/llama.cpp/installed ## GGUF and Ollama exports, asked through llama.cpp
+	$(BIN)/python -m pytest -m slow tests/test_gguf.py
 
 format: $(VENV)/installed ## format the code
 	$(BIN)/ruff check --fix .

@@ -6,13 +6,20 @@ from fitness_dpo.config.checks import InputError
 from fitness_dpo.config.data import ColumnsConfig, DataConfig
 from fitness_dpo.config.dpo import DpoConfig
 from fitness_dpo.config.evaluate import EvaluateConfig, GateConfig, JudgeConfig
+from fitness_dpo.config.export import ExportConfig, HubConfig, ParityConfig
 from fitness_dpo.config.logging import LoggingConfig, SamplingConfig, WandbConfig
 from fitness_dpo.config.model import LoraConfig, ModelConfig, ModelOverrides
 from fitness_dpo.config.sweep import SweepConfig
 from fitness_dpo.config.verbs import InspectConfig, LeaderboardConfig, TrainConfig, register
 
 __all__ = [
+<<<<<<< HEAD
     "BotConfig", "ChatConfig", "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "GateConfig", "InferConfig",
     "InputError", "InspectConfig", "JudgeConfig", "LeaderboardConfig", "LoggingConfig", "LoraConfig", "ModelConfig",
     "ModelOverrides", "SamplingConfig", "ServeConfig", "SweepConfig", "TrainConfig", "WandbConfig", "register",
+=======
+    "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "ExportConfig", "GateConfig", "HubConfig", "InferConfig",
+    "InputError", "InspectConfig", "JudgeConfig", "LoggingConfig", "LoraConfig", "ModelConfig", "ModelOverrides", "ParityConfig",
+    "SamplingConfig", "TrainConfig", "WandbConfig", "register",
+>>>>>>> c27ac0e (Add python -m fitness_dpo.export: merged, GGUF, Ollama, hub, each checked beside its run)
 ]  # fmt: skip
