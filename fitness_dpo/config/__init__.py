@@ -13,13 +13,8 @@ from fitness_dpo.config.sweep import SweepConfig
 from fitness_dpo.config.verbs import InspectConfig, LeaderboardConfig, TrainConfig, register
 
 __all__ = [
-<<<<<<< HEAD
-    "BotConfig", "ChatConfig", "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "GateConfig", "InferConfig",
-    "InputError", "InspectConfig", "JudgeConfig", "LeaderboardConfig", "LoggingConfig", "LoraConfig", "ModelConfig",
-    "ModelOverrides", "SamplingConfig", "ServeConfig", "SweepConfig", "TrainConfig", "WandbConfig", "register",
-=======
-    "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "ExportConfig", "GateConfig", "HubConfig", "InferConfig",
-    "InputError", "InspectConfig", "JudgeConfig", "LoggingConfig", "LoraConfig", "ModelConfig", "ModelOverrides", "ParityConfig",
-    "SamplingConfig", "TrainConfig", "WandbConfig", "register",
->>>>>>> c27ac0e (Add python -m fitness_dpo.export: merged, GGUF, Ollama, hub, each checked beside its run)
+    "BotConfig", "ChatConfig", "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "ExportConfig", "GateConfig",
+    "HubConfig", "InferConfig", "InputError", "InspectConfig", "JudgeConfig", "LeaderboardConfig", "LoggingConfig", "LoraConfig",
+    "ModelConfig", "ModelOverrides", "ParityConfig", "SamplingConfig", "ServeConfig", "SweepConfig", "TrainConfig", "WandbConfig",
+    "register",
 ]  # fmt: skip

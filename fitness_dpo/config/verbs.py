@@ -10,15 +10,10 @@ from fitness_dpo.config.checks import require
 from fitness_dpo.config.data import DataConfig
 from fitness_dpo.config.dpo import DpoConfig
 from fitness_dpo.config.evaluate import EvaluateConfig
-<<<<<<< HEAD
+from fitness_dpo.config.export import ExportConfig
 from fitness_dpo.config.logging import LoggingConfig
 from fitness_dpo.config.model import LoraConfig, ModelConfig
 from fitness_dpo.config.sweep import SweepConfig
-=======
-from fitness_dpo.config.export import ExportConfig
-from fitness_dpo.config.logging import LoggingConfig, SamplingConfig
-from fitness_dpo.config.model import LoraConfig, ModelConfig, ModelOverrides
->>>>>>> c27ac0e (Add python -m fitness_dpo.export: merged, GGUF, Ollama, hub, each checked beside its run)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,8 +60,5 @@ def register() -> None:
     store.store(name="chat_schema", node=ChatConfig)
     store.store(name="serve_schema", node=ServeConfig)
     store.store(name="inspect_schema", node=InspectConfig)
-<<<<<<< HEAD
     store.store(name="leaderboard_schema", node=LeaderboardConfig)
-=======
     store.store(name="export_schema", node=ExportConfig)
->>>>>>> c27ac0e (Add python -m fitness_dpo.export: merged, GGUF, Ollama, hub, each checked beside its run)
