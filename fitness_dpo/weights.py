@@ -1,9 +1,7 @@
 """Where a model's weights are: a local folder, the hub, or one of the two embedded models. Imports torch only to convert."""
 
 import fcntl
-import hashlib
 import importlib.util
-import json
 import multiprocessing
 import os
 import shutil
@@ -14,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fitness_dpo.config import InputError
+from fitness_dpo.manifest import is_whole, seal, sha256
 
 EMBEDDED_PREFIX = "embedded:"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-MANIFEST = "sha256.json"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # pragma: allowlist secret
 HUB_TIMEOUT_SECONDS = 5
 
 
@@ -46,6 +44,10 @@ def locate(name: str, revision: str | None) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"model.name={name}: no config.json in this folder; name a folder with a whole model")
+        if not any(folder.glob("*.safetensors")):
+            raise InputError(
+                f"model.name={name}: no *.safetensors in this folder; pickled weights can run code and are never loaded, convert them"
+            )
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model.name={name}: no such folder; check the path")
@@ -73,7 +75,7 @@ def require_on_hub(name: str, revision: str | None) -> None:
 
 
 def cached(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, built once however many processes ask at once, its weights checked by SHA-256."""
+    """The folder `name` of the cache, built once however many processes ask at once, its files checked by SHA-256."""
     folder = cache_folder() / "models" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_suffix(".lock")):
@@ -83,8 +85,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
             try:
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
                     apart.submit(build, beside).result()  # transformers must not be imported here before unsloth is
-                weights = {file.name: sha256(file) for file in beside.glob("*.safetensors")}
-                (beside / MANIFEST).write_text(json.dumps(weights), encoding="utf-8")
+                seal(beside)
                 beside.rename(folder)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
@@ -96,19 +97,6 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def is_whole(folder: Path) -> bool:
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return False
-    hashes: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))
-    return all((folder / name).is_file() and sha256(folder / name) == known for name, known in hashes.items())
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def convert_smollm2(folder: Path) -> None:
