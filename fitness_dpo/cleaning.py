@@ -27,3 +27,8 @@ def standardise(text: str) -> str:
     text = re.sub(r"(?<=\S)[ \t]+", " ", text)
     text = re.sub(r" +\n", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def encodable(text: str) -> str:
+    """The text as it is, but for the white space round it and halves of surrogate pairs, which no tokenizer takes."""
+    return text.encode(errors="ignore").decode().strip()

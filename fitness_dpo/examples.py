@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from typing import Any, NamedTuple
 
-from fitness_dpo.cleaning import standardise
+from fitness_dpo.cleaning import encodable, standardise
 from fitness_dpo.config import ColumnsConfig, DataConfig
 from fitness_dpo.duplicates import words
 from fitness_dpo.formats import Format, plain_key, recognise
@@ -65,7 +65,7 @@ def to_example(where: str, row: Any, config: DataConfig) -> Example:
 
 def to_examples(where: str, entry: Format, row: Row, config: DataConfig, source: str = "") -> list[Example]:
     """The cleaned pairs of one row. Raises RowError with the reason it must be left out."""
-    clean = standardise if config.standardise else str.strip
+    clean = standardise if config.standardise else encodable
     system_prompt = clean(config.system_prompt or "")
     split = SPLIT_NAME.match(str(row.get("split")).lower()) if config.own_splits else None
     examples = []

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from fitness_dpo.cleaning import encodable
 from fitness_dpo.config import SamplingConfig
 from fitness_dpo.data import Message, standardise
 from fitness_dpo.model import Policy
@@ -21,7 +22,7 @@ def ask(
     question: str, system_prompt: str | None, history: tuple[Message, ...] = (), *, standardised: bool = True
 ) -> list[Message]:
     """The conversation that ends with `question`, its text cleaned as `data.standardise` cleans training rows."""
-    clean = standardise if standardised else str.strip
+    clean = standardise if standardised else encodable
     system = [{"role": "system", "content": clean(system_prompt)}] if system_prompt else []
     return [*system, *history, {"role": "user", "content": clean(question)}]
 
