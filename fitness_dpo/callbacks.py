@@ -29,15 +29,18 @@ class Samples(TrainerCallback):
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == 0:  # a resumed run has answered before
+        if state.global_step == 0 or self.due(state):  # a run stopped on request had no time to answer
             self.sample(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.config.sample_steps and state.global_step % self.config.sample_steps == 0:
+        if self.due(state) and not (control.should_training_stop and state.global_step < state.max_steps):
             self.sample(args, state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.sample(args, state)
+
+    def due(self, state: TrainerState) -> bool:
+        return bool(self.config.sample_steps) and state.global_step % self.config.sample_steps == 0
 
     def sample(self, args: TrainingArguments, state: TrainerState) -> None:
         if (

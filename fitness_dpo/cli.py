@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fitness_dpo import config, distributed, runs, sweep
 from fitness_dpo.gpus import gpu_count
+from fitness_dpo.interruption import Stopped
 
 RESOLVING = "InputError raised while resolving interpolation: "
 TEXT_KEYS = ("prompt", "system_prompt", "data.system_prompt")
@@ -91,6 +92,7 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], int | None])
     """
     for library, level in (("TRANSFORMERS", "error"), ("HF_HUB", "error"), ("DATASETS", "critical")):
         os.environ.setdefault(f"{library}_VERBOSITY", level)  # their warnings speak to programmers
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -118,6 +120,7 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], int | None])
             status = run(OmegaConf.to_object(composed), folder) or 0
         except (config.InputError, OmegaConfBaseException) as error:
             mistakes.append(error)
+        finally:
             if runs.OUTPUTS.resolve() in folder.resolve().parents:
                 with contextlib.suppress(OSError):  # leave no empty run folder behind; one that holds something stays
                     while folder.resolve() != runs.OUTPUTS.resolve():
@@ -130,8 +133,8 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], int | None])
         hydra.main(version_base="1.3", config_path="pkg://fitness_dpo.conf", config_name=config_name)(task)()
     except (config.InputError, HydraException, OmegaConfBaseException) as error:
         mistakes.append(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        sys.exit(stopped.status if isinstance(stopped, Stopped) else 130)
     for mistake in mistakes if distributed.rank() == 0 else ():
         print(f"error: {one_line(mistake)}", file=sys.stderr)  # noqa: T201
     if mistakes and os.environ.get("FITNESS_DPO_TRACEBACK") == "1":

@@ -103,6 +103,7 @@ def load_base(config: ModelConfig) -> Policy:
         dtype=compute_dtype(config.dtype),
         device_map={"": device()},
         quantization_config=_quantization(config),
+        use_safetensors=True,
         **shared,
     )
     return Policy(model.eval(), tokenizer)

@@ -11,10 +11,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fitness_dpo.config import InputError
 from fitness_dpo.distributed import rank
+from fitness_dpo.manifest import is_whole
 
 OUTPUTS = Path("outputs")
 CONFIG, RECORD, METRICS, SAMPLES, ADAPTER, CHECKPOINTS, PROGRESS = (
@@ -31,6 +34,7 @@ RECORDED_PACKAGES = (
     "unsloth",
     "unsloth_zoo",
 )
+FREE_ON_RESUME = ("resume", "allow_changes", "max_minutes")
 Schema = TypeVar("Schema")
 
 
@@ -95,20 +99,67 @@ def new_folder(parent: Path) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
+        except OSError as error:
+            raise InputError(
+                f"{stem}: no folder can be made there ({error.strerror}); choose another with hydra.run.dir=..."
+            ) from error
         return folder
     raise InputError(f"{stem}: a thousand runs started in this second; wait one")
 
 
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Every checkpoint of a run, the newest first, whole or not."""
+    return sorted((run / CHECKPOINTS).glob("checkpoint-*"), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run. The trainer writes trainer_state.json last."""
-    found = [path.parent for path in (run / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """The newest whole checkpoint of a run: one that was cut off while it was written, or has changed since, is passed over."""
+    return next((folder for folder in checkpoint_folders(run) if is_whole(folder)), None)
+
+
+def resumed_settings(run: Path, asked: DictConfig, overrides: list[str], allowed: list[str]) -> DictConfig:
+    """The settings a run was started with and, where `allowed` names them, the changes that `overrides` asks for.
+
+    Raises InputError with the difference for every other change.
+    """
+    saved = OmegaConf.load(run / CONFIG)
+    if not isinstance(saved, DictConfig):
+        raise InputError(f"{run / CONFIG}: not a config of this version; train again")
+    changes: list[str] = []
+    for override in OverridesParser.create().parse_overrides(overrides=overrides):
+        key = override.key_or_group
+        if key in FREE_ON_RESUME:
+            OmegaConf.update(saved, key, OmegaConf.select(asked, key))
+            continue
+        if override.type is not OverrideType.CHANGE or "." not in key:
+            raise InputError(
+                f"{override.input_line}: a resumed run keeps its own choices; leave this out, or start a new run"
+            )
+        before, after = OmegaConf.select(saved, key), OmegaConf.select(asked, key)
+        if before == after:
+            continue
+        changes += [] if key in allowed else [f"{key}: {before} -> {after}"]
+        OmegaConf.update(saved, key, after)
+    if changes:
+        names = ",".join(change.partition(":")[0] for change in changes)
+        raise InputError(
+            f"resume={run}: a resumed run keeps its own settings, but {'; '.join(changes)}; leave this out, or allow it with "
+            f"allow_changes=[{names}]"
+        )
+    return saved
 
 
 def load_config(run: Path, schema: type[Schema]) -> Schema:
     """The resolved config a run was started with."""
-    merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(run / CONFIG))
-    config = OmegaConf.to_object(merged)
+    return to_settings(run, OmegaConf.load(run / CONFIG), schema)
+
+
+def to_settings(run: Path, saved: DictConfig | ListConfig, schema: type[Schema]) -> Schema:
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), saved))
     if not isinstance(config, schema):
         raise InputError(f"{run / CONFIG}: not a config of this version; train again")
     return config

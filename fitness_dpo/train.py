@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -16,15 +17,17 @@ from fitness_dpo import distributed, plugins, runs
 from fitness_dpo.cli import verb
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.data import Preferences, load_preferences
+from fitness_dpo.interruption import Interruption
 from fitness_dpo.weights import locate
 
 Metrics = dict[str, Any]
 
 
-def train(config: TrainConfig, run: Path, console: Console) -> Metrics:
+def train(config: TrainConfig, run: Path, console: Console, interruption: Interruption) -> Metrics:
     """Train and save into `run`: config.yaml, versions.json, samples.jsonl, checkpoints/, adapter/ and, last, metrics.json.
 
-    Several processes train together, and the first alone writes, into its `run`.
+    Several processes train together, and the first alone writes, into its `run`. Raises Stopped, a checkpoint being written, where
+    `interruption` asks for it.
     """
     with distributed.first_of_machine_alone():
         preferences = load_preferences(config.data)
@@ -37,6 +40,8 @@ def train(config: TrainConfig, run: Path, console: Console) -> Metrics:
     run = distributed.shared_folder(run)
 
     from fitness_dpo.callbacks import ProgressBar, Samples
+    from fitness_dpo.checkpoints import Checkpoints
+    from fitness_dpo.failures import explained
     from fitness_dpo.progress import ProgressFile
     from fitness_dpo.tracking import wandb_run
     from fitness_dpo.trainer import build_trainer
@@ -46,23 +51,44 @@ def train(config: TrainConfig, run: Path, console: Console) -> Metrics:
         raise InputError(
             f"resume={run}: the rows of data.path={config.data.path} have changed since; put them back, or start anew"
         )
-    samples, progress = Samples(policy, config.logging, config.data, run, console), ProgressBar(console)
-    trainer = build_trainer(config, policy, preferences.splits, run, [samples, progress, ProgressFile(run)])
     first = distributed.rank() == 0
-    if first:
-        runs.write_start(run, config, recorded)
-    with wandb_run(config, run, recorded["wandb_id"]):
+    with explained(config, run):
+        samples, progress = Samples(policy, config.logging, config.data, run, console), ProgressBar(console)
+        checkpoints = Checkpoints(interruption, run, config.dpo.save_total_limit)
+        callbacks = [checkpoints, samples, progress, ProgressFile(run)]
+        trainer = build_trainer(config, policy, preferences.splits, run, callbacks)
+        if first:
+            runs.write_start(run, config, recorded)
         checkpoint = runs.last_checkpoint(run)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.eval_dataset is not None:
-            trainer.evaluate()
-    metrics = summary(trainer, progress, preferences)
-    if first:
-        save_adapter(policy, config.model.name, run / runs.ADAPTER)
-        runs.write_whole(run / runs.METRICS, json.dumps(metrics, indent=1))
-        console.print(closing(metrics, run))
+        if checkpoint is not None:
+            console.print(resuming(run, checkpoint), highlight=False)
+            trainer.args.eval_on_start = config.dpo.eval_steps is not None and owes_evaluation(
+                checkpoint, config.dpo.eval_steps
+            )
+        with wandb_run(config, run, recorded["wandb_id"]), checkpoints.saving(trainer):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if trainer.eval_dataset is not None:
+                trainer.evaluate()
+        metrics = summary(trainer, progress, preferences)
+        if first:
+            save_adapter(policy, config.model.name, run / runs.ADAPTER)
+            runs.write_whole(run / runs.METRICS, json.dumps(metrics, indent=1))
+            console.print(closing(metrics, run))
     distributed.leave()
     return metrics
+
+
+def resuming(run: Path, checkpoint: Path) -> str:
+    newer = [folder.name for folder in runs.checkpoint_folders(run) if runs.step_of(folder) > runs.step_of(checkpoint)]
+    passed = f" ({', '.join(newer)} is not whole: cut off while it was written, or changed since)" if newer else ""
+    return f"resume {os.path.relpath(checkpoint)}{passed}"
+
+
+def owes_evaluation(checkpoint: Path, eval_steps: int) -> bool:
+    """Whether a run was stopped at this checkpoint before it could score the validation split there."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    step = runs.step_of(checkpoint)
+    return step % eval_steps == 0 and not any(entry["step"] == step and "eval_loss" in entry for entry in history)
 
 
 def summary(trainer: Any, progress: Any, preferences: Preferences) -> Metrics:
@@ -127,18 +153,16 @@ def closing(metrics: Metrics, run: Path) -> Table:
 
 
 def main(config: TrainConfig, run: Path) -> None:
-    given = HydraConfig.get().overrides.task
+    given = list(HydraConfig.get().overrides.task)
     lone = next((word for word in given if word.startswith("sweep.")), None)
     if lone is not None:
         raise InputError(f"{lone}: this is one run; add -m to make it a sweep")
-    if config.resume is not None:
-        others = [word for word in given if not word.startswith("resume=")]
-        if others:
-            raise InputError(
-                f"{' '.join(others)}: a resumed run keeps its own settings; leave this out, or start a new run without resume"
-            )
-        config = runs.load_config(run, TrainConfig)
-    train(config, run, Console(quiet=not config.logging.console or distributed.rank() > 0))
+    with Interruption(config.max_minutes).watching() as interruption:
+        if config.resume is not None:
+            settings = runs.resumed_settings(run, OmegaConf.structured(config), given, config.allow_changes)
+            config = runs.to_settings(run, settings, TrainConfig)
+        quiet = not config.logging.console or distributed.rank() > 0
+        train(config, run, Console(quiet=quiet), interruption)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,6 @@ def dpo_arguments(config: TrainConfig, run: Path, dtype: torch.dtype, *, validat
         "eval_on_start": validate,
         "save_strategy": "steps",
         "save_steps": dpo.save_steps,
-        "save_total_limit": dpo.save_total_limit,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "gradient_checkpointing": config.model.gradient_checkpointing != "false",
@@ -114,6 +113,12 @@ def build_trainer(
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
+
+        def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
+            """The held-out figures. Leaves training's random state as it was: a resumed run may skip an evaluation."""
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                figures: dict[str, float] = super().evaluate(*arguments, **named)
+            return figures
 
     trainer = PreferenceTrainer(
         model=policy.model,

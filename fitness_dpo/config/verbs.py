@@ -26,8 +26,14 @@ class TrainConfig:
     sweep: SweepConfig = MISSING
     resume: str | None = MISSING
     """`latest` or the folder of an interrupted run to go on with; null starts a new one."""
+    allow_changes: list[str] = MISSING
+    """Settings that a resumed run may change, such as [dpo.save_steps]. A change to any other is refused."""
+    max_minutes: float | None = MISSING
+    """Save a checkpoint and leave after this long; null trains to the end."""
 
     def __post_init__(self) -> None:
+        minutes = self.max_minutes
+        require(minutes is None or minutes > 0, "max_minutes", minutes, "use more than 0, or null for no limit")
         require(
             not (self.model.load_in_4bit and self.lora.init in ("pissa", "olora")),
             "lora.init", self.lora.init, "needs 16-bit weights to split; set model.load_in_4bit=false",

@@ -1,0 +1,68 @@
+"""What a machine runs out of, said in one line. Import it after the model is loaded."""
+
+import errno
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from fitness_dpo import runs
+from fitness_dpo.config import InputError, TrainConfig
+from fitness_dpo.manifest import is_whole
+
+FULL_BYTES = 2**20
+
+
+@contextmanager
+def explained(config: TrainConfig, run: Path) -> Iterator[None]:
+    """Raise InputError, with what to change, where memory or disk runs out or a checkpoint holds more than tensors."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(out_of_memory(config)) from error
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{run / runs.CHECKPOINTS}: the newest checkpoint holds a pickle of something other than tensors, which could run code; "
+            "it was not loaded: delete that checkpoint"
+        ) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not (is_full_error(error) or shutil.disk_usage(run).free < FULL_BYTES):
+            raise
+        for folder in runs.checkpoint_folders(run):
+            if not is_whole(folder):  # the one that was being written: it only takes room
+                shutil.rmtree(folder, ignore_errors=True)
+        step = runs.last_checkpoint(run)
+        kept = (
+            f"the checkpoint of step {runs.step_of(step)} is kept, then go on with resume={run}"
+            if step
+            else "then start again"
+        )
+        raise InputError(f"{run}: no space is left on this disk; make room, {kept}") from error
+
+
+def is_full_error(error: BaseException) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+def out_of_memory(config: TrainConfig) -> str:
+    """The settings that lower memory and are not at their lowest, the gentlest first."""
+    model, dpo = config.model, config.dpo
+    mends = [
+        (dpo.batch_size > 1, f"dpo.batch_size={dpo.batch_size} (and raise dpo.gradient_accumulation_steps)"),
+        (dpo.eval_batch_size > 1, f"dpo.eval_batch_size={dpo.eval_batch_size}"),
+        (True, f"model.max_length_tokens={model.max_length_tokens}"),
+    ]
+    lower = ", ".join(mend for possible, mend in mends if possible)
+    switches = [
+        (model.gradient_checkpointing == "false", 'model.gradient_checkpointing="true"'),
+        (not model.load_in_4bit, "model.load_in_4bit=true"),
+    ]
+    switch = " or ".join(mend for possible, mend in switches if possible)
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+    return f"out of memory on the GPU ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free): lower {lower}" + (
+        f", or set {switch}" if switch else ""
+    )
