@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install llama data train evaluate infer chat serve export test test-slow test-browser test-export lint format lock \
-  wheel clean
+.PHONY: help install llama data train evaluate infer chat serve export test test-slow test-browser test-export test-faults audit lint \
+  format lock wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -56,6 +56,13 @@ test-browser: $(VENV)/installed ## the pages in Chromium (/usr/bin/chromium)
 
 test-export: $(VENV)/share/llama.cpp/installed ## GGUF and Ollama exports, asked through llama.cpp
 	$(BIN)/python -m pytest -m slow tests/test_gguf.py
+
+test-faults: $(VENV)/installed ## kill, damage, fill and cut off real runs (docs/reliability.md)
+	$(BIN)/python -m pytest -m faults -s
+
+audit: $(VENV)/installed ## look for known vulnerabilities in the pinned packages, and for secrets in the files
+	$(BIN)/pip-audit --requirement requirements.lock --no-deps --disable-pip
+	$(BIN)/detect-secrets-hook $$(git ls-files)
 
 format: $(VENV)/installed ## format the code
 	$(BIN)/ruff check --fix .
