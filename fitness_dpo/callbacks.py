@@ -40,7 +40,8 @@ class Samples(TrainerCallback):
         self.sample(args, state)
 
     def due(self, state: TrainerState) -> bool:
-        return bool(self.config.sample_steps) and state.global_step % self.config.sample_steps == 0
+        steps = self.config.sample_steps
+        return steps is not None and state.global_step % steps == 0
 
     def sample(self, args: TrainingArguments, state: TrainerState) -> None:
         if (

@@ -19,8 +19,9 @@ from fitness_dpo.data import load_preferences
 from fitness_dpo.exam import read_quiz, read_safety
 from fitness_dpo.gate import breaches, verdict
 from fitness_dpo.items import Items, recorded_settings
+from fitness_dpo.manifest import sha256
 from fitness_dpo.model import override
-from fitness_dpo.weights import locate, sha256
+from fitness_dpo.weights import locate
 
 if TYPE_CHECKING:
     from fitness_dpo.data import Example
