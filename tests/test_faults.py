@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from fitness_dpo import runs
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.failures import explained
-from tests.conftest import TINY, read_json
+from tests.conftest import TINY, read_json, run_verb
 from tests.preloaded import Child, Trainings, preloaded
 
 pytestmark = pytest.mark.faults
@@ -241,18 +241,19 @@ def online(port: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("answers", ["refuses", "hangs"])
 def test_a_wandb_server_that_does_not_answer_stops_nothing(
-    answers: str, trainings: Trainings, whole: Path, pairs_file: Path, tmp_path: Path
+    answers: str, whole: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
         if answers == "hangs":
             server.listen(100)
-        done = trainings.run(*SHORT, f"data.path={pairs_file}", "logging.wandb.mode=auto", cwd=tmp_path, **online(port))
-    ended(done)
-    assert done.err.startswith("wandb: ")
-    assert "recording offline, later: wandb sync" in done.err
-    assert done.err.count("\n") == 1
+        arguments = [*SHORT, f"data.path={pairs_file}", "logging.wandb.mode=auto"]
+        done = run_verb("train", *arguments, cwd=tmp_path, **online(port))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("wandb: ")
+    assert "recording offline, later: wandb sync" in done.stderr
+    assert done.stderr.count("\n") == 1
     run = the_run(tmp_path)
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
     assert adapter(run) == adapter(whole)
@@ -264,7 +265,12 @@ def test_a_wandb_server_that_vanishes_stops_nothing(
     server = ThreadingHTTPServer(("127.0.0.1", 0), Wandb)
     Thread(target=server.serve_forever, daemon=True).start()
     child = trainings.start(
-        *SHORT, f"data.path={pairs_file}", "logging.wandb.mode=online", cwd=tmp_path, **online(server.server_port)
+        *SHORT,
+        f"data.path={pairs_file}",
+        "logging.wandb.mode=online",
+        "logging.sample_prompts=[]",
+        cwd=tmp_path,
+        **online(server.server_port),
     )
     child.wait_for("step 2/")
     server.shutdown()
