@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -302,9 +303,10 @@ def test_two_at_once_and_ray_give_the_numbers_of_one_after_another(pairs_file: P
     assert [losses(alone, job) for job in range(3)] == [losses(twice, job) for job in range(3)]
     ray = str(Path(sys.executable).with_name("ray"))
     start = [sys.executable, ray] if Path(ray).is_file() else [sys.executable, "-m", "ray.scripts.scripts"]
+    home = tempfile.mkdtemp(prefix="ray")  # a socket's path may have 107 bytes, which pytest's own folders use up
     head = subprocess.Popen(
         [*start, "start", "--head", "--port=6390", "--num-cpus=2", "--num-gpus=2", "--include-dashboard=false", "--block",
-         f"--temp-dir={tmp_path / 'ray'}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+         f"--temp-dir={home}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
     )  # fmt: skip
     try:
@@ -328,3 +330,4 @@ def test_two_at_once_and_ray_give_the_numbers_of_one_after_another(pairs_file: P
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         head.wait(60)
+        shutil.rmtree(home, ignore_errors=True)
