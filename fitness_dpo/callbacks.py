@@ -1,16 +1,20 @@
-"""What is shown and recorded while a run trains: sample answers and progress."""
+"""What is shown and recorded while a run trains: sample answers, progress and what is wrong with it."""
 
 import json
+import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fitness_dpo import runs
-from fitness_dpo.config import DataConfig, LoggingConfig
+from fitness_dpo.config import DataConfig, DpoConfig, HealthConfig, InputError, LoggingConfig
+from fitness_dpo.health import judge
 from fitness_dpo.inference import ask, generate
 from fitness_dpo.model import Policy
 from fitness_dpo.tracking import log_samples
@@ -107,3 +111,43 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress.stop()
+
+
+class Health(TrainerCallback):
+    """Says once, in one line, what the logged figures show to be wrong, and ends a training that cannot recover.
+
+    Raises InputError on NaN or exploding gradients, and leaves no checkpoint behind whose weights may be at fault.
+    """
+
+    def __init__(self, health: HealthConfig, dpo: DpoConfig, run: Path, console: Console) -> None:
+        self.health, self.dpo, self.run, self.console = health, dpo, run, console
+        self.said: set[str] = set()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.good_steps = state.global_step + 1
+        """How many steps' forward passes gave finite figures: a checkpoint is good if one of them came after it."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        verdicts = judge(state.log_history, self.health, self.dpo, state.max_steps)
+        for verdict in verdicts:
+            if verdict.sick and verdict.name == "explosion":
+                self.stop(state, verdict.line)
+            if verdict.sick and verdict.name not in self.said and state.is_world_process_zero:
+                self.console.print(Text(f"health  {verdict.line}", style="yellow"))
+                self.said.add(verdict.name)
+        self.good_steps = max(self.good_steps, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        weights = (weight.detach() for weight in given["model"].parameters() if weight.requires_grad)
+        if control.should_save and not all(math.isfinite(weight.sum()) for weight in weights):
+            mend = f"try dpo.learning_rate={self.dpo.learning_rate / 10:g}"
+            self.stop(state, f"explosion: weights that are not finite at step {state.global_step}; {mend}")
+
+    def stop(self, state: TrainerState, line: str) -> None:
+        if state.is_world_process_zero:
+            for folder in (self.run / runs.CHECKPOINTS).glob("checkpoint-*"):
+                if int(folder.name.partition("-")[2]) >= self.good_steps:
+                    shutil.rmtree(folder)
+        last = runs.last_checkpoint(self.run)
+        kept = f"{last.relative_to(self.run)} is the last good checkpoint" if last else "no good checkpoint yet"
+        raise InputError(f"{line} (training stopped at step {state.global_step}; {kept})")

@@ -12,12 +12,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fitness_dpo import distributed, plugins, runs
 from fitness_dpo.cli import verb
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.data import Preferences, load_preferences
 from fitness_dpo.interruption import Interruption
+from fitness_dpo.health import judge
 from fitness_dpo.weights import locate
 
 Metrics = dict[str, Any]
@@ -39,9 +41,10 @@ def train(config: TrainConfig, run: Path, console: Console, interruption: Interr
         policy = load_policy(config.model, config.lora, config.dpo.seed)
     run = distributed.shared_folder(run)
 
-    from fitness_dpo.callbacks import ProgressBar, Samples
+    from fitness_dpo.callbacks import Health, ProgressBar, Samples
     from fitness_dpo.checkpoints import Checkpoints
     from fitness_dpo.failures import explained
+    from fitness_dpo.margins import held_out_pairs
     from fitness_dpo.progress import ProgressFile
     from fitness_dpo.tracking import wandb_run
     from fitness_dpo.trainer import build_trainer
@@ -55,7 +58,8 @@ def train(config: TrainConfig, run: Path, console: Console, interruption: Interr
     with explained(config, run):
         samples, progress = Samples(policy, config.logging, config.data, run, console), ProgressBar(console)
         checkpoints = Checkpoints(interruption, run, config.dpo.save_total_limit)
-        callbacks = [checkpoints, samples, progress, ProgressFile(run)]
+        health = Health(config.health, config.dpo, run, console)
+        callbacks = [health, checkpoints, samples, progress, ProgressFile(run)]
         trainer = build_trainer(config, policy, preferences.splits, run, callbacks)
         if first:
             runs.write_start(run, config, recorded)
@@ -66,10 +70,18 @@ def train(config: TrainConfig, run: Path, console: Console, interruption: Interr
                 checkpoint, config.dpo.eval_steps
             )
         with wandb_run(config, run, recorded["wandb_id"]), checkpoints.saving(trainer):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                progress.progress.stop()
             if trainer.eval_dataset is not None:
                 trainer.evaluate()
-        metrics = summary(trainer, progress, preferences)
+        pairs = held_out_pairs(trainer) if trainer.eval_dataset is not None else None
+        verdicts = judge(trainer.state.log_history, config.health, config.dpo, trainer.state.max_steps, pairs)
+        metrics = summary(trainer, progress, preferences) | {
+            "verdicts": [verdict._asdict() for verdict in verdicts],
+            "held_out_pairs": pairs and pairs._asdict(),
+        }
         if first:
             save_adapter(policy, config.model.name, run / runs.ADAPTER)
             runs.write_whole(run / runs.METRICS, json.dumps(metrics, indent=1))
@@ -147,9 +159,17 @@ def closing(metrics: Metrics, run: Path) -> Table:
             table.add_row(f"held-out {name}", f"{before[f'eval_{name}']:.3f} before, {after[f'eval_{name}']:.3f} after")
     speed = f", {metrics['tokens_per_second']:.0f} tokens/s" if metrics["tokens_per_second"] else ""
     table.add_row("training", f"{metrics['seconds']:.0f} s{speed}, {metrics['peak_memory_gib']:.2f} GiB peak")
+    for line in health_lines(metrics["verdicts"]):
+        table.add_row("health", Text(line))
     table.add_row("run", os.path.relpath(run))
     table.add_row("next", 'python -m fitness_dpo.infer prompt="How often should I train legs?"')
     return table
+
+
+def health_lines(verdicts: list[dict[str, Any]]) -> list[str]:
+    """What is wrong, a line each; else what was looked at."""
+    names = ", ".join(verdict["name"] for verdict in verdicts)
+    return [verdict["line"] for verdict in verdicts if verdict["sick"]] or [f"nothing wrong seen ({names})"]
 
 
 def main(config: TrainConfig, run: Path) -> None:

@@ -7,6 +7,7 @@ from fitness_dpo.config.data import ColumnsConfig, DataConfig
 from fitness_dpo.config.dpo import DpoConfig
 from fitness_dpo.config.evaluate import EvaluateConfig, GateConfig, JudgeConfig
 from fitness_dpo.config.export import ExportConfig, HubConfig, ParityConfig
+from fitness_dpo.config.health import HealthConfig
 from fitness_dpo.config.logging import LoggingConfig, SamplingConfig, WandbConfig
 from fitness_dpo.config.model import LoraConfig, ModelConfig, ModelOverrides
 from fitness_dpo.config.sweep import SweepConfig
@@ -14,7 +15,7 @@ from fitness_dpo.config.verbs import InspectConfig, LeaderboardConfig, TrainConf
 
 __all__ = [
     "BotConfig", "ChatConfig", "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "ExportConfig", "GateConfig",
-    "HubConfig", "InferConfig", "InputError", "InspectConfig", "JudgeConfig", "LeaderboardConfig", "LoggingConfig", "LoraConfig",
-    "ModelConfig", "ModelOverrides", "ParityConfig", "SamplingConfig", "ServeConfig", "SweepConfig", "TrainConfig", "WandbConfig",
-    "register",
+    "HealthConfig", "HubConfig", "InferConfig", "InputError", "InspectConfig", "JudgeConfig", "LeaderboardConfig", "LoggingConfig",
+    "LoraConfig", "ModelConfig", "ModelOverrides", "ParityConfig", "SamplingConfig", "ServeConfig", "SweepConfig", "TrainConfig",
+    "WandbConfig", "register",
 ]  # fmt: skip

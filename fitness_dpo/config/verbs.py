@@ -11,6 +11,7 @@ from fitness_dpo.config.data import DataConfig
 from fitness_dpo.config.dpo import DpoConfig
 from fitness_dpo.config.evaluate import EvaluateConfig
 from fitness_dpo.config.export import ExportConfig
+from fitness_dpo.config.health import HealthConfig
 from fitness_dpo.config.logging import LoggingConfig
 from fitness_dpo.config.model import LoraConfig, ModelConfig
 from fitness_dpo.config.sweep import SweepConfig
@@ -22,6 +23,7 @@ class TrainConfig:
     model: ModelConfig = MISSING
     lora: LoraConfig = MISSING
     dpo: DpoConfig = MISSING
+    health: HealthConfig = MISSING
     logging: LoggingConfig = MISSING
     sweep: SweepConfig = MISSING
     resume: str | None = MISSING
