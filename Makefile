@@ -4,11 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install llama data train evaluate infer chat serve export test test-slow test-browser test-export test-faults audit lint \
-  format lock wheel clean
+.PHONY: help install llama data train evaluate infer report chat serve export test test-slow test-browser test-export test-faults \
+  audit lint format lock wheel clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(VENV)/installed: requirements.lock pyproject.toml scripts/install.sh
 	PYTHON=$(PYTHON) sh scripts/install.sh $(VENV)
@@ -41,6 +41,9 @@ serve: $(VENV)/installed ## serve the newest run over the OpenAI API: http://127
 
 export: $(VENV)/installed ## turn the newest run into a model for other programs (ARGS="format=gguf"; gguf and ollama want make llama)
 	$(BIN)/python -m fitness_dpo.export $(ARGS)
+report: $(VENV)/installed ## write the newest run's report.html, print its path and open it where there is a desktop (ARGS="run=...")
+	@page=$$($(BIN)/python -m fitness_dpo.report $(ARGS)) && echo "$$page" && \
+	if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] && command -v xdg-open >/dev/null; then xdg-open "$$page"; fi
 
 test: $(VENV)/installed ## lint, type-check and run the tests
 	$(BIN)/ruff check .

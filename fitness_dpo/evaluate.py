@@ -21,6 +21,7 @@ from fitness_dpo.gate import breaches, verdict
 from fitness_dpo.items import Items, recorded_settings
 from fitness_dpo.manifest import sha256
 from fitness_dpo.model import override
+from fitness_dpo.report import write_report
 from fitness_dpo.weights import locate
 
 if TYPE_CHECKING:
@@ -198,6 +199,8 @@ def main(config: EvaluateConfig, _: Path) -> int:
     metrics["gate"] = {"passed": not found, "breaches": [breach.line for breach in found]}
     metrics["verdict"] = verdict(metrics, found) if target.run is not None else None
     runs.write_whole(folder / runs.METRICS, json.dumps(metrics, ensure_ascii=False, indent=1, allow_nan=False))
+    if target.run is not None:
+        write_report(target.run)
     finish(console, metrics, folder, config)
     return BREACHED if config.gate.enabled and found else 0
 
@@ -254,6 +257,8 @@ def finish(console: Console, metrics: dict[str, Any], folder: Path, config: Eval
     if config.gate.enabled:
         for line in metrics["gate"]["breaches"]:
             console.print(f"gate   {line}", markup=False, soft_wrap=True)
+    if metrics["run"] is not None:
+        console.print(f"report   {os.path.relpath(folder.with_name(runs.REPORT))}", markup=False)
     if metrics["verdict"] is not None:
         console.print(f"verdict  {metrics['verdict']}", style="bold", markup=False)
 

@@ -20,8 +20,8 @@ from fitness_dpo.distributed import rank
 from fitness_dpo.manifest import is_whole
 
 OUTPUTS = Path("outputs")
-CONFIG, RECORD, METRICS, SAMPLES, ADAPTER, CHECKPOINTS, PROGRESS = (
-    "config.yaml", "versions.json", "metrics.json", "samples.jsonl", "adapter", "checkpoints", "progress.json",
+CONFIG, RECORD, METRICS, SAMPLES, ADAPTER, CHECKPOINTS, PROGRESS, REPORT = (
+    "config.yaml", "versions.json", "metrics.json", "samples.jsonl", "adapter", "checkpoints", "progress.json", "report.html",
 )  # fmt: skip
 RECORDED_PACKAGES = (
     "torch",

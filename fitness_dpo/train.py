@@ -20,13 +20,14 @@ from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.data import Preferences, load_preferences
 from fitness_dpo.interruption import Interruption
 from fitness_dpo.health import judge
+from fitness_dpo.report import write_report
 from fitness_dpo.weights import locate
 
 Metrics = dict[str, Any]
 
 
 def train(config: TrainConfig, run: Path, console: Console, interruption: Interruption) -> Metrics:
-    """Train and save into `run`: config.yaml, versions.json, samples.jsonl, checkpoints/, adapter/ and, last, metrics.json.
+    """Train and save into `run`: config.yaml, versions.json, samples.jsonl, checkpoints/, adapter/, metrics.json, report.html.
 
     Several processes train together, and the first alone writes, into its `run`. Raises Stopped, a checkpoint being written, where
     `interruption` asks for it.
@@ -85,6 +86,7 @@ def train(config: TrainConfig, run: Path, console: Console, interruption: Interr
         if first:
             save_adapter(policy, config.model.name, run / runs.ADAPTER)
             runs.write_whole(run / runs.METRICS, json.dumps(metrics, indent=1))
+            write_report(run)
             console.print(closing(metrics, run))
     distributed.leave()
     return metrics
@@ -162,6 +164,7 @@ def closing(metrics: Metrics, run: Path) -> Table:
     for line in health_lines(metrics["verdicts"]):
         table.add_row("health", Text(line))
     table.add_row("run", os.path.relpath(run))
+    table.add_row("report", os.path.relpath(run / runs.REPORT))
     table.add_row("next", 'python -m fitness_dpo.infer prompt="How often should I train legs?"')
     return table
 

@@ -25,9 +25,11 @@ def test_the_wheel_trains_and_answers_from_another_folder(pairs_file: Path, tmp_
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    assert {"fitness_dpo/conf/config.yaml", "fitness_dpo/fitness_qa/nutrition.json"} <= set(
-        zipfile.ZipFile(wheel).namelist()
-    )
+    assert {
+        "fitness_dpo/conf/config.yaml",
+        "fitness_dpo/fitness_qa/nutrition.json",
+        "fitness_dpo/templates/report.html.jinja",
+    } <= set(zipfile.ZipFile(wheel).namelist())
 
     home = tmp_path / "fresh"
     venv.create(home, with_pip=False, symlinks=True)

@@ -11,11 +11,11 @@ from fitness_dpo.config.health import HealthConfig
 from fitness_dpo.config.logging import LoggingConfig, SamplingConfig, WandbConfig
 from fitness_dpo.config.model import LoraConfig, ModelConfig, ModelOverrides
 from fitness_dpo.config.sweep import SweepConfig
-from fitness_dpo.config.verbs import InspectConfig, LeaderboardConfig, TrainConfig, register
+from fitness_dpo.config.verbs import InspectConfig, LeaderboardConfig, ReportConfig, TrainConfig, register
 
 __all__ = [
     "BotConfig", "ChatConfig", "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "ExportConfig", "GateConfig",
     "HealthConfig", "HubConfig", "InferConfig", "InputError", "InspectConfig", "JudgeConfig", "LeaderboardConfig", "LoggingConfig",
-    "LoraConfig", "ModelConfig", "ModelOverrides", "ParityConfig", "SamplingConfig", "ServeConfig", "SweepConfig", "TrainConfig",
-    "WandbConfig", "register",
+    "LoraConfig", "ModelConfig", "ModelOverrides", "ParityConfig", "ReportConfig", "SamplingConfig", "ServeConfig", "SweepConfig",
+    "TrainConfig", "WandbConfig", "register",
 ]  # fmt: skip

@@ -59,6 +59,12 @@ class LeaderboardConfig:
     """`latest` or a sweep's folder."""
 
 
+@dataclass(slots=True, kw_only=True)
+class ReportConfig:
+    run: str = MISSING
+    """`latest` or a run folder."""
+
+
 def register() -> None:
     """Make the shapes known to Hydra, under the names the root YAML files build on."""
     store = ConfigStore.instance()
@@ -68,5 +74,6 @@ def register() -> None:
     store.store(name="chat_schema", node=ChatConfig)
     store.store(name="serve_schema", node=ServeConfig)
     store.store(name="inspect_schema", node=InspectConfig)
+    store.store(name="report_schema", node=ReportConfig)
     store.store(name="leaderboard_schema", node=LeaderboardConfig)
     store.store(name="export_schema", node=ExportConfig)
