@@ -18,8 +18,8 @@ from fitness_dpo import distributed, plugins, runs
 from fitness_dpo.cli import verb
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.data import Preferences, load_preferences
-from fitness_dpo.interruption import Interruption
 from fitness_dpo.health import judge
+from fitness_dpo.interruption import Interruption
 from fitness_dpo.report import write_report
 from fitness_dpo.weights import locate
 
