@@ -1,10 +1,18 @@
-"""Per-token log-probabilities in plain torch, for the slot where TRL 1.15 has a kernel that only runs on a GPU."""
+"""Log-probabilities of tokens, a chunk of logits at a time.
+
+`answer_logps` serves the packed forward. `ChunkedLogProbs` fills the slot where TRL 1.15 has a kernel that only runs on a GPU.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import trl.trainer.utils
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_TOKENS = 256
+Score = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -63,3 +71,66 @@ class ChunkedLogProbs:
             value if name in outputs else None for name, value in zip(names, rest, strict=True)
         )
         return logps, entropy, squares, mean, top
+
+
+def fill_trl_slot() -> None:
+    """Let TRL compute its log-probabilities with ChunkedLogProbs, where its own kernel cannot run."""
+    trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbs
+
+
+class TokenScores(NamedTuple):
+    """Of each answer token, (tokens,) each, in nats where that is a unit."""
+
+    logps: Tensor
+    entropy: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+
+
+CHUNK_LOGITS = 1 << 27
+"""Logits held at once: 268 MB in 16 bits."""
+
+
+def score_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """The scores of one chunk, and d logps / d hidden: (tokens, width), the target's row of W less the expected row."""
+    logits = (hidden @ weight.T).float()
+    log_total = logits.logsumexp(-1)
+    probabilities = (logits - log_total[:, None]).exp()
+    return (
+        logits.gather(-1, targets[:, None]).squeeze(-1) - log_total,
+        log_total - (probabilities * logits).sum(-1),
+        logits.mean(-1),
+        logits.argmax(-1) == targets,
+        weight[targets] - probabilities.to(weight.dtype) @ weight,
+    )
+
+
+class AnswerLogProbs(torch.autograd.Function):
+    """log softmax(hidden W^T) at the targets, with its gradient made in the forward pass while the logits are at hand.
+
+    A token's log-probability pulls on its own hidden state alone, so the backward pass only scales what was kept:
+    two products with W instead of three.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, score: Score) -> tuple[Tensor, ...]:
+        chunk = max(CHUNK_LOGITS // weight.size(0), 1) if hidden.is_cuda else CHUNK_TOKENS
+        parts = [
+            score(hidden[start : start + chunk], weight, targets[start : start + chunk])
+            for start in range(0, len(hidden), chunk)
+        ]
+        *scores, direction = (torch.cat(values) for values in zip(*parts, strict=True))
+        ctx.save_for_backward(direction)
+        ctx.mark_non_differentiable(*scores[1:])
+        return tuple(scores)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (direction,) = ctx.saved_tensors
+        return grads[0][:, None].to(direction.dtype) * direction, None, None, None
+
+
+def answer_logps(hidden: Tensor, weight: Tensor, targets: Tensor, score: Score = score_chunk) -> TokenScores:
+    """Scores of `targets` (tokens,) under softmax(hidden W^T). hidden: (tokens, width), W: (vocabulary, width), frozen."""
+    scores = AnswerLogProbs.apply(hidden, weight, targets, score)  # type: ignore[no-untyped-call]
+    return TokenScores(*scores)

@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import datasets
 import torch
 import trl
-import trl.trainer.utils
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from fitness_dpo import runs
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.data import Example
 from fitness_dpo.distributed import world_size
-from fitness_dpo.logprobs import ChunkedLogProbs
+from fitness_dpo.logprobs import fill_trl_slot
 from fitness_dpo.model import Policy, compute_dtype, load_base
+from fitness_dpo.packed_model import obstacle, starts_at_base
+from fitness_dpo.preference_trainer import PreferenceTrainer
 from fitness_dpo.template import ChatTemplate
 
 
@@ -35,8 +36,7 @@ def dpo_arguments(config: TrainConfig, run: Path, dtype: torch.dtype, *, validat
         "loss_type": dpo.loss_type,
         "loss_weights": dpo.loss_weights,
         "label_smoothing": dpo.label_smoothing,
-        "precompute_ref_log_probs": dpo.precompute_reference,
-        "precompute_ref_batch_size": dpo.eval_batch_size,
+        "precompute_ref_log_probs": False,  # PreferenceTrainer does, from the cache
         "max_length": config.model.max_length_tokens,
         "disable_dropout": config.lora.dropout == 0,
         "learning_rate": dpo.learning_rate,
@@ -65,6 +65,8 @@ def dpo_arguments(config: TrainConfig, run: Path, dtype: torch.dtype, *, validat
         "use_cpu": not torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,  # every trained weight has a part in every pair
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_num_workers": 2 if torch.cuda.is_available() else 0,  # a GPU computes faster than one core collates
+        "dataloader_persistent_workers": torch.cuda.is_available(),
         "report_to": [
             *(["wandb"] if logging.wandb.mode != "disabled" else []),
             *(["tensorboard"] if logging.tensorboard else []),
@@ -78,6 +80,18 @@ def tokenize(examples: list[Example], template: ChatTemplate, max_length_tokens:
     pairs = [template.pair_ids(example.prompt, example.chosen, example.rejected) for example in examples]
     fitting = [pair._asdict() for pair in pairs if pair.length <= max_length_tokens]
     return TokenizedRows(datasets.Dataset.from_list(fitting), len(pairs) - len(fitting))
+
+
+def packs(config: TrainConfig, model: Any) -> bool:
+    """Whether the packed forward serves this run. Raises InputError where it was asked for by name and cannot."""
+    if config.dpo.forward == "padded":
+        return False
+    reason = obstacle(model, config.lora)
+    if reason is None and not config.dpo.precompute_reference and not starts_at_base(model):
+        reason = f"lora.init={config.lora.init} moves the reference, which dpo.precompute_reference=false computes live"
+    if reason is not None and config.dpo.forward == "packed":
+        raise InputError(f"dpo.forward=packed: {reason}; set dpo.forward=auto")
+    return reason is None
 
 
 def build_trainer(
@@ -103,22 +117,10 @@ def build_trainer(
     validation = tokenize(splits["validation"], template, limit)
     validate = len(validation.rows) > 0
     if not torch.cuda.is_available() and config.model.backend == "transformers":
-        trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbs
-
+        fill_trl_slot()
+    packed = packs(config, policy.model)
     # TRL's reference is a second adapter, and PEFT allows one adapter only where biases are trained: a second model then.
     reference = load_base(config.model).model if config.lora.bias != "none" else None
-
-    class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
-        """Takes rows that are tokenized already, so that one template serves training and answering."""
-
-        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset
-
-        def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
-            """The held-out figures. Leaves training's random state as it was: a resumed run may skip an evaluation."""
-            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                figures: dict[str, float] = super().evaluate(*arguments, **named)
-            return figures
 
     trainer = PreferenceTrainer(
         model=policy.model,
@@ -128,6 +130,8 @@ def build_trainer(
         eval_dataset=validation.rows if validate else None,
         processing_class=policy.tokenizer,
         callbacks=list(callbacks),
+        config=config,
+        packed=packed,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

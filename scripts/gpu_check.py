@@ -31,10 +31,10 @@ RUNS = {
 }  # fmt: skip
 
 
-def write_qwen3_shape(folder: Path) -> Path:
-    """A Qwen3-0.6B of random weights (596 M parameters), with SmolLM2's tokenizer: 49,152 of its 151,936 rows are used."""
+def write_qwen3_shape(folder: Path, tokenizer_of: str = "smollm2-135m-instruct") -> Path:
+    """A Qwen3-0.6B of random weights (596 M parameters), with the tokenizer of an embedded model, which uses few of its 151,936 rows."""
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(locate("embedded:smollm2-135m-instruct", None))
+    tokenizer = AutoTokenizer.from_pretrained(locate(f"embedded:{tokenizer_of}", None))
     config = Qwen3Config(
         vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, tie_word_embeddings=True,

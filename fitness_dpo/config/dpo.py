@@ -38,6 +38,14 @@ class DpoConfig:
     """Share of labels taken to be flipped; only robust, exo_pair, aot and aot_unpaired use it."""
     precompute_reference: bool = MISSING
     """Compute the reference's log-probabilities once before training instead of at every step."""
+    forward: str = MISSING
+    """`packed` computes no padding and each prompt once for its two answers; `padded` is TRL's own; `auto` is packed
+    wherever the model and the adapter allow it."""
+    compile: str = MISSING
+    """Compile the packed forward's layers: `true`, `false`, or `auto`, which does on a GPU."""
+    micro_batch_tokens: int | None = MISSING
+    """Divide a batch into parts of at most this many tokens (prompt, chosen and rejected), pairs of like length
+    together; the gradient stays that of the whole batch. Null computes a batch at once."""
     learning_rate: float = MISSING
     lr_scheduler: str = MISSING
     warmup_ratio: float = MISSING
@@ -84,6 +92,9 @@ class DpoConfig:
             self.label_smoothing == 0 or not {*SMOOTHED_LOSSES}.isdisjoint(self.loss_type),
             "dpo.label_smoothing", self.label_smoothing, f"only {', '.join(SMOOTHED_LOSSES)} use it; set it to 0",
         )  # fmt: skip
+        one_of("dpo.forward", self.forward, ("auto", "packed", "padded"))
+        self.compile = self.compile.lower()  # Hydra reads a bare true as a truth value, and writes it True
+        one_of("dpo.compile", self.compile, ("auto", "true", "false"))
         one_of("dpo.lr_scheduler", self.lr_scheduler, SCHEDULERS)
         one_of("dpo.optimizer", self.optimizer, OPTIMIZERS)
         require(0 <= self.warmup_ratio < 1, "dpo.warmup_ratio", self.warmup_ratio, "use 0 or more and below 1")
@@ -92,7 +103,7 @@ class DpoConfig:
         require(self.epochs > 0, "dpo.epochs", self.epochs, "use more than 0")
         for key in (
             "batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_steps",
-            "logging_steps", "eval_steps", "save_steps", "save_total_limit",
+            "logging_steps", "eval_steps", "save_steps", "save_total_limit", "micro_batch_tokens",
         ):  # fmt: skip
             value = getattr(self, key)
             require(value is None or value >= 1, f"dpo.{key}", value, "use 1 or more")

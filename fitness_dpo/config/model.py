@@ -33,6 +33,7 @@ class ModelConfig:
         require(bool(self.name), "model.name", repr(self.name), "name a hub id or a local folder")
         one_of("model.backend", self.backend, ("unsloth", "transformers"))
         one_of("model.dtype", self.dtype, DTYPES)
+        self.gradient_checkpointing = self.gradient_checkpointing.lower()  # Hydra reads a bare true as a truth value
         one_of("model.gradient_checkpointing", self.gradient_checkpointing, ("unsloth", "true", "false"))
         require(self.max_length_tokens >= 16, "model.max_length_tokens", self.max_length_tokens, "use 16 or more")
         require(

@@ -1,0 +1,192 @@
+"""The forward pass of a Llama-like decoder over packed pairs: matrix products see no padding and no prompt twice.
+
+It reads the weights of a model that PEFT wraps and leaves the model as it is, so it serves any backend that loads one.
+"""
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fitness_dpo.packing import Packed
+
+Layout = tuple[Tensor, ...]
+Attend = Callable[[Tensor, Tensor, Tensor, Layout, "Shape"], Tensor]
+
+
+class Adapted(NamedTuple):
+    """Linear layers with one input, as one product: (outputs, inputs) weights stacked, and their LoRA factors."""
+
+    weights: list[Tensor]
+    bias: Tensor | None
+    a: list[Tensor]
+    """(r, inputs) each."""
+    b: list[Tensor]
+    """(outputs, r) each."""
+    rows: list[int]
+    """The first output of each adapted layer."""
+    scales: list[float]
+
+
+class Layer(NamedTuple):
+    attention_norm: Tensor
+    qkv: Adapted
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    output: Adapted
+    mlp_norm: Tensor
+    gate_up: Adapted
+    down: Adapted
+
+
+class Shape(NamedTuple):
+    heads: int
+    key_heads: int
+    head_width: int
+    norm_epsilon: float
+    longest: int
+    """An upper bound of every sequence, in tokens; a constant, so that no batch compiles anew."""
+
+
+class LoraProduct(torch.autograd.Function):
+    """x W^T + (x A^T) B^T as one matrix product, [x, x A^T] [W, B]^T, whose sum is kept in 32 bits (Hu et al. 2021, eq. 3).
+
+    x: (tokens, inputs), w: (outputs, inputs), a: (r, inputs), b: (outputs, r) -> (tokens, outputs). W gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        low = x @ a.T
+        ctx.save_for_backward(x, w, a, b, low)
+        if x.is_cuda:
+            return torch.cat([x, low], 1) @ torch.cat([w, b], 1).T
+        return (x @ w.T).addmm_(low, b.T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        (grad,) = grads
+        x, w, a, b, low = ctx.saved_tensors
+        if grad.is_cuda:
+            wide = grad @ torch.cat([w, b], 1)
+            into_low = wide[:, w.size(1) :]
+            into_x = wide[:, : w.size(1)] + into_low @ a
+        else:
+            into_low = grad @ b
+            into_x = (grad @ w).addmm_(into_low, a)
+        return into_x, None, into_low.T @ x, grad.T @ low
+
+
+class GatherKeys(torch.autograd.Function):
+    """x[keys], where a prompt token stands twice; its gradient gathers too, instead of adding with atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keys: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        ctx.save_for_backward(first, second)
+        return x[keys]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grads
+        first, second = ctx.saved_tensors
+        twice = (second < grad.size(0)).view(-1, 1, 1)
+        again = grad[second.clamp(max=grad.size(0) - 1)]
+        return grad[first] + torch.where(twice, again, 0), None, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Root mean square normalisation (Zhang and Sennrich 2019, eq. 4), computed in 32 bits as transformers does."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, eq. 34), halves as in Llama. x: (tokens, heads, width)."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+def flash_layout(packed: Packed) -> Layout:
+    return packed.keys, packed.first, packed.second, packed.query_starts, packed.key_starts
+
+
+def attend_flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, shape: Shape) -> Tensor:
+    """Causal attention within each sequence by FlashAttention's kernel, which wants an NVIDIA GPU of capability 8.0 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    *places, query_starts, key_starts = layout
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    key, value = (GatherKeys.apply(part, *places) for part in (key, value))  # type: ignore[no-untyped-call]
+    attended: Any = varlen_attn(
+        query, key, value, query_starts, key_starts, shape.longest, shape.longest, window_size=(-1, 0), **grouped
+    )
+    return cast(Tensor, attended)
+
+
+def row_layout(packed: Packed) -> Layout:
+    """A row a pair: (pairs, width) the token at each place; (tokens,) the flat place of each token; and
+    (pairs, width, width) what a place may look at: nothing later, and no chosen answer from a rejected one."""
+    lengths = packed.lengths
+    totals = lengths.sum(1, keepdim=True)
+    width = int(totals.max())
+    place = torch.arange(width, device=lengths.device)
+    starts = totals.cumsum(0) - totals
+    rows = starts + torch.minimum(place, totals - 1)
+    flat = (place < totals).flatten().nonzero().squeeze(1)
+    answers = lengths[:, :2].sum(1, keepdim=True)
+    chosen, rejected = (place >= lengths[:, :1]) & (place < answers), place >= answers
+    seen = (place[None, :] <= place[:, None]) & ~(rejected[:, :, None] & chosen[:, None, :])
+    return rows, flat, seen
+
+
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, layout: Layout, shape: Shape) -> Tensor:
+    """The same with a row a pair: torch's fused attention on a GPU, plain batched products on a CPU, where at some
+    hundred tokens they are faster."""
+    rows, flat, seen = layout
+    pairs, width = rows.shape
+    group = shape.heads // shape.key_heads
+    q, k, v = (part[rows].transpose(1, 2) for part in (query, key, value))
+    if query.is_cuda:
+        k, v = (part.repeat_interleave(group, 1) for part in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
+    else:
+        q = (q * shape.head_width**-0.5).reshape(pairs, shape.key_heads, group * width, -1)
+        scores = (q @ k.transpose(2, 3)).view(pairs, shape.heads, width, width)
+        scores = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+        mixed = (scores.view(pairs, shape.key_heads, group * width, width) @ v).view(pairs, shape.heads, width, -1)
+    return mixed.transpose(1, 2).flatten(0, 1)[flat]
+
+
+def decoder_layer(
+    x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, layer: Layer, shape: Shape, attend: Attend
+) -> Tensor:
+    """One layer of every sequence. x: (tokens, hidden) -> (tokens, hidden)."""
+    normed = rms_norm(x, layer.attention_norm, shape.norm_epsilon)
+    widths = [shape.heads * shape.head_width, *[shape.key_heads * shape.head_width] * 2]
+    query, key, value = (
+        part.unflatten(-1, (-1, shape.head_width)) for part in product(normed, layer.qkv).split(widths, -1)
+    )
+    if layer.query_norm is not None and layer.key_norm is not None:
+        query = rms_norm(query, layer.query_norm, shape.norm_epsilon)
+        key = rms_norm(key, layer.key_norm, shape.norm_epsilon)
+    attended = attend(rotate(query, cos, sin), rotate(key, cos, sin), value, layout, shape)
+    x = x + product(attended.flatten(-2), layer.output)
+    gate, up = product(rms_norm(x, layer.mlp_norm, shape.norm_epsilon), layer.gate_up).chunk(2, -1)
+    return x + product(F.silu(gate) * up, layer.down)
+
+
+def product(x: Tensor, layer: Adapted) -> Tensor:
+    """Layers that share the input x: (tokens, inputs) -> (tokens, their outputs side by side)."""
+    weight = layer.weights[0] if len(layer.weights) == 1 else torch.cat(layer.weights)
+    if not layer.a:
+        return F.linear(x, weight, layer.bias)
+    outputs = weight.size(0)
+    factors = [
+        F.pad((b * scale).to(x.dtype), (0, 0, row, outputs - row - b.size(0)))
+        for b, row, scale in zip(layer.b, layer.rows, layer.scales, strict=True)
+    ]
+    result: Tensor = LoraProduct.apply(  # type: ignore[no-untyped-call]
+        x, weight, torch.cat(layer.a).to(x.dtype), torch.cat(factors, 1))
+    return result if layer.bias is None else result + layer.bias

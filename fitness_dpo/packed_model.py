@@ -1,0 +1,197 @@
+"""A PEFT model's answer to TRL's call for log-probabilities, computed by decoder.py on packed pairs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from trl.trainer.utils import FusedCausalLMOutput
+
+from fitness_dpo.config import LoraConfig
+from fitness_dpo.decoder import (
+    Adapted,
+    Layer,
+    Layout,
+    Shape,
+    attend_flash,
+    attend_rows,
+    decoder_layer,
+    flash_layout,
+    rms_norm,
+    row_layout,
+)  # fmt: skip
+from fitness_dpo.graphs import Recorder
+from fitness_dpo.logprobs import TokenScores, answer_logps, score_chunk
+from fitness_dpo.packing import PACKED, Packed
+
+KNOWN_MODELS = ("llama", "qwen2", "qwen3")
+KNOWN_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+def obstacle(model: Any, lora: LoraConfig) -> str | None:
+    """Why the packed forward cannot serve this model and adapter, or None."""
+    config = model.config
+    if config.model_type not in KNOWN_MODELS:
+        return f"it knows {', '.join(KNOWN_MODELS)}, not {config.model_type}"
+    if config.hidden_act != "silu" or getattr(config, "use_sliding_window", False):
+        return "it knows silu and full attention only"
+    if config.rope_parameters["rope_type"] not in KNOWN_ROPE:
+        return f"it knows {', '.join(KNOWN_ROPE)} rotary embedding, not {config.rope_parameters['rope_type']}"
+    others = {
+        "lora.dropout": lora.dropout > 0, "lora.use_dora": lora.use_dora, "lora.bias": lora.bias != "none",
+        "lora.modules_to_save": lora.modules_to_save is not None,
+    }  # fmt: skip
+    return next((f"it has no {name}" for name, used in others.items() if used), None)
+
+
+class PackedForward:
+    """Stands before a causal language model's forward: takes the calls that bring packed pairs, passes on all others.
+
+    The reference is the policy without its adapter, so the adapter has to start at zero (`starts_at_base`).
+    """
+
+    def __init__(self, model: Any, longest: int, *, compiled: bool, checkpointing: bool) -> None:
+        """`longest` bounds the tokens of every sequence. `compiled` also records CUDA graphs, where there is a GPU."""
+        self.model = model.get_base_model()
+        self.otherwise = self.model.forward
+        self.compiled, self.checkpointing = compiled, checkpointing
+        config, device = self.model.config, self.model.device
+        self.shape = Shape(
+            config.num_attention_heads, config.num_key_value_heads,
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            config.rms_norm_eps, longest,
+        )  # fmt: skip
+        self.frequencies, self.rope_scale = rope(config, device)
+        layers = self.model.model.layers
+        self.probe = next(module for module in layers[0].modules() if hasattr(module, "active_adapters"))
+        self.tuned = [read_layer(layer, adapted=True) for layer in layers]
+        self.base = [read_layer(layer, adapted=False) for layer in layers]
+        flash = has_flash(device)
+        self.layout = flash_layout if flash else row_layout
+        self.attend = attend_flash if flash else attend_rows
+        self.layer = torch.compile(decoder_layer, fullgraph=True) if compiled else decoder_layer
+        self.chunk = torch.compile(score_chunk, fullgraph=True) if compiled else score_chunk
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.records = compiled and flash
+        self.tuned_scores = Recorder(self.score, parameters) if self.records else self.score
+        self.model.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(PACKED) is None:
+            return self.otherwise(*args, **kwargs)
+        packed, (rows, width) = Packed(**kwargs[PACKED]), kwargs["labels"].shape
+        on = not self.probe.disable_adapters and "default" in self.probe.active_adapters
+        with torch.autocast(packed.ids.device.type, enabled=False):
+            scores = self.tuned_scores(packed) if on else self.score(packed, self.base)
+            places = rows * (width - 1)
+            log_probs, entropy, mean_logits, is_top1 = (  # as TRL wants them: 0 where no answer's token stands
+                value.new_zeros(places + 1).index_put((packed.places,), value)[:places].view(rows, width - 1)
+                for value in scores
+            )
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / places, log_probs=log_probs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1,
+        )  # fmt: skip
+
+    def score(self, packed: Packed, layers: list[Layer] | None = None) -> TokenScores:
+        """Of the answers' tokens; by the policy unless `layers` are the base's."""
+        backbone = self.model.model
+        x = backbone.embed_tokens(packed.ids)
+        angles = packed.positions[:, None, None] * torch.cat([self.frequencies] * 2)
+        cos, sin = ((wave * self.rope_scale).to(x.dtype) for wave in (angles.cos(), angles.sin()))
+        layout = self.layout(packed)
+        self.mark(cos, sin, *layout)
+        for layer in layers or self.tuned:
+            self.mark(x)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self.run, x, cos, sin, layout, layer, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self.run(x, cos, sin, layout, layer)
+        hidden = rms_norm(x[packed.sources], backbone.norm.weight, self.shape.norm_epsilon)
+        return answer_logps(hidden, self.model.get_output_embeddings().weight, packed.targets, self.chunk)
+
+    def mark(self, *tensors: Tensor) -> None:
+        """Tell the compiler that their first size varies."""
+        if self.compiled:
+            for tensor in tensors:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, layer: Layer) -> Tensor:
+        result: Tensor = self.layer(x, cos, sin, layout, dense(layer), self.shape, self.attend)
+        return result
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether FlashAttention's kernel runs there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def rope(config: Any, device: torch.device) -> tuple[Tensor, float]:
+    """(head width / 2,) angle per position in radians, and the factor of the waves (Su et al. 2021, eq. 15, and its kin)."""
+    kind = config.rope_parameters["rope_type"]
+    if kind != "default":
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, device)
+        return frequencies, scale
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, width, 2, device=device).float() / width
+    return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+
+def starts_at_base(model: Any) -> bool:
+    """Whether the fresh adapter changes nothing: B A = 0."""
+    return all(
+        not (module.lora_B["default"].weight.float() @ module.lora_A["default"].weight.float()).any()
+        for module in model.modules()
+        if hasattr(module, "lora_B") and "default" in module.lora_B
+    )
+
+
+def read_layer(module: Any, *, adapted: bool) -> Layer:
+    attention, mlp = module.self_attn, module.mlp
+    return Layer(
+        module.input_layernorm.weight,
+        read_adapted([attention.q_proj, attention.k_proj, attention.v_proj], adapted=adapted),
+        attention.q_norm.weight if hasattr(attention, "q_norm") else None,
+        attention.k_norm.weight if hasattr(attention, "k_norm") else None,
+        read_adapted([attention.o_proj], adapted=adapted),
+        module.post_attention_layernorm.weight,
+        read_adapted([mlp.gate_proj, mlp.up_proj], adapted=adapted),
+        read_adapted([mlp.down_proj], adapted=adapted),
+    )
+
+
+def read_adapted(modules: list[Any], *, adapted: bool) -> Adapted:
+    bases = [getattr(module, "base_layer", module) for module in modules]
+    biases = [base.bias for base in bases]
+    starts = [sum(base.out_features for base in bases[:place]) for place in range(len(bases))]
+    tuned = [
+        (module, start)
+        for module, start in zip(modules, starts, strict=True)
+        if adapted and "default" in getattr(module, "lora_A", {})
+    ]
+    return Adapted(
+        [base.weight for base in bases],
+        None if biases[0] is None else torch.cat([bias.detach() for bias in biases]),
+        [module.lora_A["default"].weight for module, _ in tuned],
+        [module.lora_B["default"].weight for module, _ in tuned],
+        [start for _, start in tuned],
+        [module.scaling["default"] for module, _ in tuned],
+    )
+
+
+def dense(layer: Layer) -> Layer:
+    """The layer with 4-bit weights unpacked to the compute dtype; others as they are."""
+    return layer._replace(
+        qkv=unpack(layer.qkv), output=unpack(layer.output), gate_up=unpack(layer.gate_up), down=unpack(layer.down)
+    )
+
+
+def unpack(layer: Adapted) -> Adapted:
+    states = [getattr(weight, "quant_state", None) for weight in layer.weights]
+    if states[0] is None:
+        return layer
+    from bitsandbytes.functional import dequantize_4bit
+
+    return layer._replace(
+        weights=[dequantize_4bit(weight.data, state) for weight, state in zip(layer.weights, states, strict=True)]
+    )

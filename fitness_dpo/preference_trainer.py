@@ -1,0 +1,160 @@
+"""TRL's DPOTrainer with a packed forward, a reference that is read from the cache, and micro-batches of like size.
+
+The losses, their metrics and the training loop are TRL's and transformers' own. Import it after Unsloth.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+import torch
+import trl
+
+from fitness_dpo.config import InputError, TrainConfig
+from fitness_dpo.packed_model import PackedForward, starts_at_base
+from fitness_dpo.packing import PackedCollator
+from fitness_dpo.reference import Logps, Pair, fingerprint, reference_logps
+
+MICRO_BATCHES = "micro_batches"
+STEPS_WORTH_COMPILING = 300
+Collate = Callable[[list[Any]], dict[str, Any]]
+
+
+class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
+    train_dataset: datasets.Dataset
+    eval_dataset: datasets.Dataset | None
+    data_collator: Collate
+
+    def __init__(self, config: TrainConfig, *, packed: bool, **given: Any) -> None:
+        super().__init__(**given)
+        self.config, self.packed, self.share = config, packed, 1.0
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:  # TRL rounds them to bfloat16 beside 4-bit weights, where small updates vanish
+                parameter.data = parameter.data.float()
+        if packed:
+            compiled = compiles(config.dpo.compile, planned_steps(self.args, len(self.train_dataset)))
+            self.longest = max(map(pair_length, [*self.train_dataset, *(self.eval_dataset or [])]))
+            forward = PackedForward(
+                self.model, -(-self.longest // 64) * 64, compiled=compiled,
+                checkpointing=config.model.gradient_checkpointing != "false",
+            )  # fmt: skip
+            self.data_collator = PackedCollator(self.processing_class.pad_token_id, few_shapes=forward.records)
+        if config.dpo.precompute_reference:
+            self.precompute_ref_logps = True
+            self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", config.dpo.eval_batch_size)
+            if self.eval_dataset is not None:
+                self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", config.dpo.eval_batch_size)
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        """As it is: rows are tokenized already, so that one template serves training and answering."""
+        return dataset
+
+    def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
+        """The held-out figures. Leaves training's random state as it was: a resumed run may skip an evaluation."""
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            figures: dict[str, float] = super().evaluate(*arguments, **named)
+        return figures
+
+    def _precompute_ref_logps(self, dataset: datasets.Dataset, name: str, batch_size: int) -> datasets.Dataset:
+        """`dataset` with the reference's log-probabilities, from the cache where they are known."""
+        if self.packed and max(map(pair_length, dataset)) > self.longest:
+            raise InputError(
+                f"{name}: has rows of over {self.longest} tokens, longer than those the trainer was built for"
+            )
+
+        def compute(pairs: list[Pair]) -> Iterator[Logps]:
+            order = sorted(range(len(pairs)), key=lambda place: -pair_tokens(pairs[place]))
+            found: dict[int, Logps] = {}
+            for start in range(0, len(order), batch_size):
+                places = order[start : start + batch_size]
+                batch = self._prepare_inputs(self.data_collator([pairs[place] for place in places]))
+                chosen, rejected = (side.tolist() for side in self.compute_ref_log_probs(self.model, batch))
+                found |= zip(places, map(Logps, chosen, rejected), strict=True)
+            return (found[place] for place in range(len(pairs)))
+
+        base = fingerprint(
+            self.ref_model or self.model,
+            with_adapter=self.ref_model is None and not starts_at_base(self.model),
+            settings=["packed" if self.packed else "padded", str(self.accelerator.mixed_precision)],
+        )
+        logps = reference_logps(
+            base, list(dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])), compute
+        )
+        return dataset.add_column("ref_chosen_logps", [each.chosen for each in logps]).add_column(
+            "ref_rejected_logps", [each.rejected for each in logps]
+        )
+
+    def get_train_dataloader(self) -> Any:
+        budget = self.config.dpo.micro_batch_tokens
+        if budget is None:
+            return super().get_train_dataloader()
+        whole = self.data_collator
+        self.data_collator = lambda pairs: {MICRO_BATCHES: [whole(part) for part in divide(pairs, budget)]}
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = whole
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One batch, in its micro-batches: their gradients add up to that of the mean over all its pairs."""
+        parts = inputs.get(MICRO_BATCHES)
+        if parts is None:
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        shares = [len(part["input_ids"]) for part in parts]
+        losses = []
+        for number, part in enumerate(parts):
+            self.share = shares[number] / sum(shares)
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        weigh_metrics(self._metrics["train"], [share / sum(shares) for share in shares])
+        self.share = 1.0
+        return torch.stack(losses).sum()
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *given, **named)
+        return loss * self.share if self.model.training else loss
+
+
+def compiles(setting: str, steps: int) -> bool:
+    """`auto` compiles on a GPU for a run that is long enough to win the time back (docs/performance.md)."""
+    return torch.cuda.is_available() and steps >= STEPS_WORTH_COMPILING if setting == "auto" else setting == "true"
+
+
+def planned_steps(args: Any, rows: int) -> int:
+    pairs_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return int(args.max_steps if args.max_steps > 0 else args.num_train_epochs * rows / pairs_a_step)
+
+
+def pair_length(pair: Pair) -> int:
+    """Tokens of the longer of the two sequences."""
+    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+
+
+def pair_tokens(pair: Pair) -> int:
+    return sum(len(pair[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected"))
+
+
+def divide(pairs: list[Pair], budget: int) -> list[list[Pair]]:
+    """Pairs of like length together, as many as hold `budget` tokens, a longer pair alone."""
+    parts: list[list[Pair]] = []
+    filled = budget
+    for pair in sorted(pairs, key=pair_tokens):
+        tokens = pair_tokens(pair)
+        if filled + tokens > budget:
+            parts.append([])
+            filled = 0
+        parts[-1].append(pair)
+        filled += tokens
+    return parts
+
+
+def weigh_metrics(metrics: dict[str, list[float]], shares: list[float]) -> None:
+    """Make one weighted mean of the values that each micro-batch added."""
+    for values in metrics.values():
+        if len(values) >= len(shares):
+            values[-len(shares) :] = [
+                sum(share * value for share, value in zip(shares, values[-len(shares) :], strict=True))
+            ]
