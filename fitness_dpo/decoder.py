@@ -188,5 +188,6 @@ def product(x: Tensor, layer: Adapted) -> Tensor:
         for b, row, scale in zip(layer.b, layer.rows, layer.scales, strict=True)
     ]
     result: Tensor = LoraProduct.apply(  # type: ignore[no-untyped-call]
-        x, weight, torch.cat(layer.a).to(x.dtype), torch.cat(factors, 1))
+        x, weight, torch.cat(layer.a).to(x.dtype), torch.cat(factors, 1)
+    )
     return result if layer.bias is None else result + layer.bias

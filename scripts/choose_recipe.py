@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def train(overrides: list[str], run: Path) -> dict[str, Any]:
 
 
 def train_all(wanted: list[tuple[list[str], Path]], at_once: int) -> list[dict[str, Any]]:
-    with multiprocessing.get_context("fork").Pool(at_once, maxtasksperchild=1) as pool:
-        return pool.starmap(train, wanted, chunksize=1)
+    with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(train, *zip(*wanted, strict=True)))
 
 
 def main() -> None:
@@ -85,12 +86,16 @@ def main() -> None:
     ranked = sorted(range(len(rows)), key=lambda place: (-rows[place]["rewards/accuracies"], rows[place]["loss"]))
     for place in ranked:
         row = rows[place]
-        print(f"{row['rewards/accuracies']:.3f} {row['rewards/margins']:7.3f} {row['loss']:7.3f}  {row['overrides']}", flush=True)
+        print(
+            f"{row['rewards/accuracies']:.3f} {row['rewards/margins']:7.3f} {row['loss']:7.3f}  {row['overrides']}",
+            flush=True,
+        )
     best = CANDIDATES[ranked[0]]
     seeds = [([*best, f"dpo.seed={seed}", *options.override], options.output / f"seed-{seed}") for seed in (1, 2, 3)]
     train_all(seeds, options.at_once)
     measuring = [
-        subprocess.Popen([sys.executable, "-m", "fitness_dpo.evaluate", f"run={run}", "batch_size=128"]) for _, run in seeds
+        subprocess.Popen([sys.executable, "-m", "fitness_dpo.evaluate", f"run={run}", "batch_size=128"])
+        for _, run in seeds
     ]
     if any(each.wait() for each in measuring):
         sys.exit("an evaluation failed; see above")
