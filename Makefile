@@ -72,7 +72,7 @@ format: $(VENV)/installed ## format the code
 	$(BIN)/ruff format .
 
 lock: ## pin every dependency anew (wants uv)
-	uv pip compile pyproject.toml --all-extras --overrides requirements/overrides.txt --excludes requirements/excludes.txt \
+	uv pip compile pyproject.toml $(foreach extra,chat dev judge optuna serve tensorboard,--extra $(extra)) --overrides requirements/overrides.txt --excludes requirements/excludes.txt \
 	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-emit-package torch --no-annotate --upgrade \
 	  --custom-compile-command 'make lock' -o requirements.lock
 
