@@ -87,8 +87,8 @@ def packs(config: TrainConfig, model: Any) -> bool:
     if config.dpo.forward == "padded":
         return False
     reason = obstacle(model, config.lora)
-    if reason is None and not config.dpo.precompute_reference and not starts_at_base(model):
-        reason = f"lora.init={config.lora.init} moves the reference, which dpo.precompute_reference=false computes live"
+    if reason is None and not starts_at_base(model):
+        reason = f"lora.init={config.lora.init} starts away from the base, which it takes for the reference"
     if reason is not None and config.dpo.forward == "packed":
         raise InputError(f"dpo.forward=packed: {reason}; set dpo.forward=auto")
     return reason is None
