@@ -21,6 +21,7 @@ def new_folder(folder: Path, mark: dict[str, Any]) -> Iterator[Path]:
     same run. Raises InputError where it holds anything else.
     """
     require_own(folder, mark)
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -31,6 +32,9 @@ def new_folder(folder: Path, mark: dict[str, Any]) -> Iterator[Path]:
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        for parent in made:
+            if not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def require_own(folder: Path, mark: dict[str, Any]) -> None:

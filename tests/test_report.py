@@ -82,7 +82,7 @@ def test_training_ends_with_a_report(trained: Path, tmp_path: Path) -> None:
     assert f"{metrics['after']['eval_loss']:.3g}" in page
     for line in (trained / "samples.jsonl").read_text("utf-8").splitlines()[:3]:
         assert json.loads(line)["prompt"].split()[0] in page
-    printed = run_verb("report", cwd=trained.parents[2])
+    printed = run_verb("report", f"run={trained.relative_to(trained.parents[2])}", cwd=trained.parents[2])
     assert printed.stdout == f"{trained.relative_to(trained.parents[2])}/report.html\n"
     assert (trained / "report.html").read_text("utf-8") == page, "the same run gives the same page"
 
