@@ -56,7 +56,8 @@ def against_score(entries: list[Entry], name: str) -> Plot:
             axes.plot([place], [score], "x" if entry.vetoed else "o", color=COLOURS[entry.vetoed], markersize=5)
         if len(axis.values) <= MANY:
             means = [
-                average([score for at, score in zip(places, scores, strict=True) if at == place]) for place in axis.places
+                average([score for at, score in zip(places, scores, strict=True) if at == place])
+                for place in axis.places
             ]
             axes.plot(axis.places, means, color=COLOURS[0], linewidth=1.5)
         axis.label(axes, "x")

@@ -65,7 +65,9 @@ class Sweep:
         job = Job(number=number, setting=setting, overrides=overrides, folder=self.folder / str(number))
         file = job.folder / runs.CONFIG
         if file.is_file():
-            changed = first_difference(OmegaConf.to_container(OmegaConf.load(file)), plain(config))
+            written: Any = OmegaConf.to_container(OmegaConf.load(file))
+            free = {key: written.get(key) for key in runs.FREE_ON_RESUME}  # a job is a resumed run, and says so
+            changed = first_difference(written, plain(config) | free)
             if changed is not None:
                 key, before, now = changed
                 raise InputError(

@@ -38,11 +38,12 @@ def train(overrides: list[str], run: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from rich.console import Console
 
+    from fitness_dpo.interruption import Interruption
     from fitness_dpo.train import train as train_run
 
     with initialize_config_module("fitness_dpo.conf", version_base="1.3"):
         config: Any = OmegaConf.to_object(compose("config", overrides=[*COMMON, *overrides]))
-    return train_run(config, run, Console(quiet=True))
+    return train_run(config, run, Console(quiet=True), Interruption())
 
 
 def train_all(wanted: list[tuple[list[str], Path]], at_once: int) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ def test_stop_ends_an_answer_and_the_next_one_begins(browser: Browser, slow_addr
     with opened(browser, slow_address) as page:
         ask(page, "Go")
         expect(answers(page)).not_to_have_text("", timeout=30_000)
-        seen = set()
+        seen: set[int] = set()
         while len(seen) < 4:  # it comes in pieces
             page.wait_for_timeout(20)
             seen.add(len(answers(page).inner_text()))
