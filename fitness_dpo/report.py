@@ -59,7 +59,7 @@ def verdict(verdicts: list[Data], evaluation: Data | None) -> Data:
     passed = "gate passed" if gate["passed"] else f"gate failed on {len(gate['breaches'])}"
     return {
         "good": not sick and gate["passed"],
-        "headline": f"{health}; {passed if evaluation else 'not evaluated yet'}",
+        "headline": f"{passed}; {health}" if evaluation else f"{health}; not evaluated yet",
         "sick": [each["line"] for each in sick],
         "healthy": [each["line"] for each in verdicts if not each["sick"]],
     }
