@@ -49,7 +49,7 @@ test: $(VENV)/installed ## lint, type-check and run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed ## the tests that install a wheel, run the notebook or need long
 	$(BIN)/python -m pytest -m slow
