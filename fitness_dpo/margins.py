@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from fitness_dpo.health import Pairs
+from fitness_dpo.packing import PACKED
 
 
 @torch.no_grad()
@@ -17,10 +18,8 @@ def held_out_pairs(trainer: Any) -> Pairs:
         mask = inputs["completion_mask"]
         labels = inputs["input_ids"].masked_fill(mask == 0, -100)
         with trainer.compute_loss_context_manager():
-            logps = trainer.model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels, use_cache=False,
-                fused_lm_head=True,
-            ).log_probs.sum(1)  # fmt: skip
+            given = {name: inputs[name] for name in ("input_ids", "attention_mask", PACKED) if name in inputs}
+            logps = trainer.model(**given, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(1)
         if "ref_chosen_logps" in inputs:
             chosen, rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:

@@ -80,17 +80,18 @@ class PackedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get(PACKED) is None:
             return self.otherwise(*args, **kwargs)
-        packed, (rows, width) = Packed(**kwargs[PACKED]), kwargs["labels"].shape
+        labels = kwargs["labels"]
+        packed, (rows, width) = Packed(**kwargs[PACKED]), labels.shape
         on = not self.probe.disable_adapters and "default" in self.probe.active_adapters
         with torch.autocast(packed.ids.device.type, enabled=False):
             scores = self.tuned_scores(packed) if on else self.score(packed, self.base)
             places = rows * (width - 1)
-            log_probs, entropy, mean_logits, is_top1 = (  # as TRL wants them: 0 where no answer's token stands
-                value.new_zeros(places + 1).index_put((packed.places,), value)[:places].view(rows, width - 1)
-                for value in scores
-            )
-        return FusedCausalLMOutput(
-            loss=-log_probs.sum() / places, log_probs=log_probs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1,
+            values = torch.stack([value.float() for value in scores])
+            placed = values.new_zeros(len(scores), places + 1).index_copy(1, packed.places, values)[:, :places]
+            log_probs, entropy, mean_logits, is_top1 = placed.to(labels.device).view(-1, rows, width - 1)
+        return FusedCausalLMOutput(  # 0 where no answer's token stands
+            loss=-log_probs.sum() / places, log_probs=log_probs, entropy=entropy, mean_logits=mean_logits,
+            is_top1=is_top1.bool(),
         )  # fmt: skip
 
     def score(self, packed: Packed, layers: list[Layer] | None = None) -> TokenScores:

@@ -1,5 +1,6 @@
 """Preference pairs -> one row of tokens without padding, each prompt once for its two answers."""
 
+import math
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PACKED = "packed"
+MARGIN = 0.1
+"""How far a batch's share of prompt tokens may lie from the usual before its shape is one of its own."""
 FILLER_SEQUENCES = 8
 """Added tokens are divided among so many: attention costs the square of a sequence."""
 
@@ -71,14 +74,17 @@ def pack(examples: list[dict[str, Any]], width: int) -> Packed:
     return Packed(**tensors, **starts, lengths=torch.tensor([[len(part) for part in row] for row in sides]))
 
 
-def pad(packed: Packed, nowhere: int) -> Packed:
+def pad(packed: Packed, nowhere: int, prompt_share: float) -> Packed:
     """`packed` with its sizes rounded up, so that batches come in few shapes. What is added weighs nothing.
 
-    Added tokens form sequences of their own and are never scored; added scores go to the place `nowhere`.
+    The keys and answers follow the tokens, as in a batch with a `prompt_share` of prompt tokens; where a batch has more of
+    them they are rounded up for themselves. Added tokens form sequences of their own and are never scored; added scores go to
+    the place `nowhere`.
     """
-    tokens = bucket(len(packed.ids)) - len(packed.ids)
-    keys = bucket(len(packed.keys) + tokens) - len(packed.keys) - tokens
-    answers = bucket(len(packed.targets)) - len(packed.targets)
+    size = bucket(len(packed.ids))
+    tokens = size - len(packed.ids)
+    keys = room(len(packed.keys) + tokens, size * (1 + (1 + MARGIN) * prompt_share)) - len(packed.keys) - tokens
+    answers = room(len(packed.targets), size * (1 - (1 - MARGIN) * prompt_share)) - len(packed.targets)
     fillers = torch.arange(len(packed.ids), len(packed.ids) + tokens)
     places = torch.arange(len(packed.keys), len(packed.keys) + tokens)
     ends = (torch.arange(1, FILLER_SEQUENCES + 1) * tokens // FILLER_SEQUENCES).int()
@@ -104,11 +110,26 @@ def bucket(size: int) -> int:
     return -(-size // step) * step
 
 
+def room(size: int, usual: float) -> int:
+    """`usual` in whole 64s where `size` fits, else a bucket of its own."""
+    roomy = math.ceil(usual / 64) * 64
+    return roomy if size <= roomy else bucket(size)
+
+
+class HostBatch(dict[str, Any]):
+    """A batch of which only the packed pairs go to the GPU: TRL's losses and metrics are some hundred operations on a few
+    numbers each, which a CPU finishes sooner than a GPU starts them."""
+
+    def to(self, device: torch.device, **how: Any) -> "HostBatch":
+        return HostBatch(self | {PACKED: {name: tensor.to(device, **how) for name, tensor in self[PACKED].items()}})
+
+
 class PackedCollator:
     """The batch of TRL's DataCollatorForPreference, from which TRL takes its masks, with the same pairs packed beside it."""
 
-    def __init__(self, pad_token_id: int, *, few_shapes: bool) -> None:
-        self.pad_token_id, self.few_shapes = pad_token_id, few_shapes
+    def __init__(self, pad_token_id: int, *, prompt_share: float | None = None, on_host: bool = False) -> None:
+        """With a `prompt_share` (see `pad`) batches come in few shapes. `on_host` makes HostBatches."""
+        self.pad_token_id, self.prompt_share, self.on_host = pad_token_id, prompt_share, on_host
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         lines = [(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in examples]
@@ -125,4 +146,6 @@ class PackedCollator:
             if name in examples[0]:
                 batch[name] = torch.tensor([pair[name] for pair in examples])
         packed = pack(examples, width)
-        return batch | {PACKED: (pad(packed, len(lines) * (width - 1)) if self.few_shapes else packed)._asdict()}
+        if self.prompt_share is not None:
+            packed = pad(packed, len(lines) * (width - 1), self.prompt_share)
+        return (HostBatch if self.on_host else dict)(batch | {PACKED: packed._asdict()})

@@ -13,11 +13,13 @@ import trl
 
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.packed_model import PackedForward, starts_at_base
-from fitness_dpo.packing import PackedCollator
+from fitness_dpo.packing import HostBatch, PackedCollator
 from fitness_dpo.reference import Logps, Pair, fingerprint, reference_logps
 
 MICRO_BATCHES = "micro_batches"
 STEPS_WORTH_COMPILING = 300
+NOT_ON_HOST = {"exo_pair"}
+"""Losses for which TRL makes constants on the trainer's device, wherever the log-probabilities are."""
 Collate = Callable[[list[Any]], dict[str, Any]]
 
 
@@ -39,7 +41,11 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
                 self.model, -(-self.longest // 64) * 64, compiled=compiled,
                 checkpointing=config.model.gradient_checkpointing != "false",
             )  # fmt: skip
-            self.data_collator = PackedCollator(self.processing_class.pad_token_id, few_shapes=forward.records)
+            self.data_collator = PackedCollator(
+                self.processing_class.pad_token_id,
+                prompt_share=prompt_share(self.train_dataset) if forward.records else None,
+                on_host=self.args.world_size == 1 and not set(self.loss_types) & NOT_ON_HOST,
+            )
         if config.dpo.precompute_reference:
             self.precompute_ref_logps = True
             self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", config.dpo.eval_batch_size)
@@ -113,8 +119,11 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         self.share = 1.0
         return torch.stack(losses).sum()
 
+    def _prepare_input(self, data: Any) -> Any:
+        return data.to(self.args.device) if isinstance(data, HostBatch) else super()._prepare_input(data)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *given, **named)
+        loss = super().compute_loss(model, inputs, *given, **named).to(self.args.device)
         return loss * self.share if self.model.training else loss
 
 
@@ -135,6 +144,11 @@ def pair_length(pair: Pair) -> int:
 
 def pair_tokens(pair: Pair) -> int:
     return sum(len(pair[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected"))
+
+
+def prompt_share(pairs: datasets.Dataset) -> float:
+    """Of all tokens."""
+    return sum(map(len, pairs["prompt_ids"])) / sum(map(pair_tokens, pairs))
 
 
 def divide(pairs: list[Pair], budget: int) -> list[list[Pair]]:

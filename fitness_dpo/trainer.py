@@ -52,6 +52,7 @@ def dpo_arguments(config: TrainConfig, run: Path, dtype: torch.dtype, *, validat
         "max_steps": dpo.max_steps or -1,
         "logging_steps": dpo.logging_steps,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it hides what the health verdicts look for, and makes every step wait for the GPU
         "eval_strategy": "steps" if dpo.eval_steps and validate else "no",
         "eval_steps": dpo.eval_steps,
         "eval_on_start": validate,

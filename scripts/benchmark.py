@@ -171,15 +171,22 @@ def child(options: argparse.Namespace) -> None:
 
 
 def profile(trainer: Any, options: argparse.Namespace) -> None:
-    """Print where a step's time goes, by kernel, after the warm-up."""
+    """Print where a step's time goes after the warm-up: by kernel, then, three steps on, by Python function."""
+    import cProfile
+    import pstats
+
     import torch
     from transformers import TrainerCallback
 
     class Profile(TrainerCallback):
+        functions = cProfile.Profile()
+
         def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
             if state.global_step == options.warmup:
                 self.profiler = torch.profiler.profile()
                 self.profiler.start()
+            if state.global_step == options.warmup + 3:
+                self.functions.enable()
 
         def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
             if state.global_step == options.warmup + 2:
@@ -189,6 +196,9 @@ def profile(trainer: Any, options: argparse.Namespace) -> None:
                     self.profiler.key_averages().table(sort_by=by, row_limit=45, max_name_column_width=80),
                     file=sys.stderr,
                 )
+            if state.global_step == options.warmup + 6:
+                self.functions.disable()
+                pstats.Stats(self.functions, stream=sys.stderr).sort_stats("tottime").print_stats(30)
 
     trainer.add_callback(Profile())
 
@@ -274,7 +284,7 @@ def main() -> None:
                 else:
                     result |= json.loads(done.stdout.strip().splitlines()[-1])
                 if options.profile:
-                    print(done.stderr[-12000:])
+                    print(done.stderr[-24000:])
                 results.append(result)
                 options.output.write_text(json.dumps(results))
                 print(line(result), flush=True)

@@ -131,7 +131,7 @@ def test_log_probabilities_of_every_family_are_the_models_own(family: str) -> No
         {side: torch.randint(3, 300, (length,)).tolist() for side, length in zip(SIDES, lengths, strict=True)}
         for lengths in ((5, 3, 9), (1, 1, 1), (11, 20, 2))
     ]
-    batch = PackedCollator(0, few_shapes=False)(pairs)
+    batch = PackedCollator(0)(pairs)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     with torch.no_grad():
         every = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
@@ -166,9 +166,10 @@ def test_the_layout_of_two_pairs() -> None:
 
 def test_added_tokens_are_sequences_of_their_own_and_never_scored() -> None:
     packed = pack(PAIRS, 5)
-    padded = pad(packed, nowhere=16)
-    assert len(padded.ids) == len(padded.targets) == bucket(11) == 256
-    assert len(padded.keys) == bucket(15 + 245) == 512
+    padded = pad(packed, nowhere=16, prompt_share=0.4)
+    assert len(padded.ids) == bucket(11) == 256
+    assert len(padded.targets) == 192, "256 tokens, of which 0.9 x 0.4 are prompts, in whole 64s"
+    assert len(padded.keys) == 384, "256 tokens and 1.1 x 0.4 of them again"
     for kept, name in (
         (11, "ids"),
         (11, "positions"),
@@ -185,11 +186,13 @@ def test_added_tokens_are_sequences_of_their_own_and_never_scored() -> None:
     assert padded.key_starts[-1] == 15 + 245
     assert padded.keys[15:260].tolist() == padded.first[11:].new_tensor(range(11, 256)).tolist()
     assert (padded.second == len(padded.keys)).sum() == 256 - 4, "only the four tokens of the prompts have a second key"
+    assert len(pad(packed, nowhere=16, prompt_share=0.9).targets) == 64, "room for 7 of 49"
+    assert len(pad(pack(PAIRS * 20, 5), nowhere=200, prompt_share=0.9).targets) == 256, "140 do not fit into 64"
 
 
 def test_the_padded_half_of_a_batch_is_trls() -> None:
     rows = [pair | {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2.0} for pair in PAIRS]
-    expected, found = DataCollatorForPreference(0)(rows), PackedCollator(0, few_shapes=False)(rows)
+    expected, found = DataCollatorForPreference(0)(rows), PackedCollator(0)(rows)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor)
         assert found[name].dtype == tensor.dtype
