@@ -31,9 +31,11 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
     def __init__(self, config: TrainConfig, *, packed: bool, **given: Any) -> None:
         super().__init__(**given)
         self.config, self.packed, self.share = config, packed, 1.0
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:  # TRL rounds them to bfloat16 beside 4-bit weights, where small updates vanish
-                parameter.data = parameter.data.float()
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.weights = self.model.num_parameters(exclude_embeddings=True)
+        walk_less(self.model, self.trained)
+        for parameter in self.trained:  # TRL rounds them to bfloat16 beside 4-bit weights, where small updates vanish
+            parameter.data = parameter.data.float()
         if packed:
             compiled = compiles(config.dpo.compile, planned_steps(self.args, len(self.train_dataset)))
             self.longest = max(map(pair_length, [*self.train_dataset, *(self.eval_dataset or [])]))
@@ -119,12 +121,36 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         self.share = 1.0
         return torch.stack(losses).sum()
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Transformers' estimate, with the weights counted once instead of at each step."""
+        parts = inputs.get(MICRO_BATCHES, [inputs])
+        return sum(6 * part["input_ids"].numel() * self.weights for part in parts)
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        return norm
+
     def _prepare_input(self, data: Any) -> Any:
         return data.to(self.args.device) if isinstance(data, HostBatch) else super()._prepare_input(data)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
         loss = super().compute_loss(model, inputs, *given, **named).to(self.args.device)
         return loss * self.share if self.model.training else loss
+
+
+def walk_less(model: Any, trained: list[torch.Tensor]) -> None:
+    """Spare `model` the walks through some thousand modules that transformers' loop takes to set its mode and to forget its
+    gradients at each step: with 8 pairs of Qwen3-0.6B they take as long as the GPU does."""
+    change = model.train
+
+    def train(mode: bool = True) -> Any:
+        return model if model.training == mode else change(mode)
+
+    def zero_grad() -> None:
+        for parameter in trained:
+            parameter.grad = None
+
+    model.train, model.zero_grad = train, zero_grad
 
 
 def compiles(setting: str, steps: int) -> bool:

@@ -47,8 +47,18 @@ CANDIDATES = [
 ]  # fmt: skip
 
 
+def prepare() -> None:
+    """What a process needs once. Importing takes longer than a run."""
+    from omegaconf import OmegaConf
+
+    from fitness_dpo import config as settings
+
+    settings.register()
+    OmegaConf.register_new_resolver("default_model", lambda: "smollm2_135m", replace=True)
+
+
 def train(overrides: list[str], run: Path) -> dict[str, Any]:
-    """Train in this process, which was forked from one that has imported everything: the run's figures on the validation split."""
+    """Train in this process: the run's figures on the validation split."""
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
     from rich.console import Console
@@ -97,20 +107,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("recipe"))
     parser.add_argument("--override", action="append", default=[], help="for every run, such as data.max_rows=16")
     options = parser.parse_args()
-    from omegaconf import OmegaConf
-
-    import fitness_dpo.callbacks
-    import fitness_dpo.tracking
-    import fitness_dpo.trainer  # noqa: F401
-    from fitness_dpo import config as settings
-    from fitness_dpo.weights import locate
-
-    settings.register()
-    OmegaConf.register_new_resolver("default_model", lambda: "smollm2_135m", replace=True)
-    locate("embedded:smollm2-135m-instruct", None)
     options.output.mkdir(parents=True)
     runs = [options.output / f"candidate-{number}" for number in range(len(CANDIDATES))]
-    with ProcessPoolExecutor(options.at_once, mp_context=multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(options.at_once, multiprocessing.get_context("spawn"), prepare) as pool:
         rows = list(pool.map(train, [[*candidate, *options.override] for candidate in CANDIDATES], runs))
         base = pool.submit(base_answers, runs[0]).result()
         (options.output / "sweep.json").write_text(json.dumps({"base": base, "candidates": rows}, indent=1))
