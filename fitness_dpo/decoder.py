@@ -80,20 +80,24 @@ class LoraProduct(torch.autograd.Function):
 
 
 class GatherKeys(torch.autograd.Function):
-    """x[keys], where a prompt token stands twice; its gradient gathers too, instead of adding with atomics."""
+    """x[keys], where a prompt token stands twice and one of the prefix more often; its gradient gathers too, instead of
+    adding with atomics."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keys: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        ctx.save_for_backward(first, second)
+    def forward(ctx: Any, x: Tensor, keys: Tensor, first: Tensor, second: Tensor, repeats: Tensor) -> Tensor:
+        ctx.save_for_backward(first, second, repeats)
         return x[keys]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = grads
-        first, second = ctx.saved_tensors
+        first, second, repeats = ctx.saved_tensors
         twice = (second < grad.size(0)).view(-1, 1, 1)
         again = grad[second.clamp(max=grad.size(0) - 1)]
-        return grad[first] + torch.where(twice, again, 0), None, None, None
+        total = grad[first] + torch.where(twice, again, 0)
+        if repeats.size(1):
+            total = torch.cat([total[: repeats.size(1)] + grad[repeats].sum(0), total[repeats.size(1) :]])
+        return total, None, None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -109,7 +113,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def flash_layout(packed: Packed) -> Layout:
-    return packed.keys, packed.first, packed.second, packed.query_starts, packed.key_starts
+    return packed.keys, packed.first, packed.second, packed.repeats, packed.query_starts, packed.key_starts
 
 
 def attend_flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, shape: Shape) -> Tensor:
@@ -128,13 +132,15 @@ def attend_flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, shap
 def row_layout(packed: Packed) -> Layout:
     """A row a pair: (pairs, width) the token at each place; (tokens,) the flat place of each token; and
     (pairs, width, width) what a place may look at: nothing later, and no chosen answer from a rejected one."""
-    lengths = packed.lengths
+    lengths, prefix = packed.lengths, packed.repeats.size(1)
     totals = lengths.sum(1, keepdim=True)
     width = int(totals.max())
     place = torch.arange(width, device=lengths.device)
-    starts = totals.cumsum(0) - totals
-    rows = starts + torch.minimum(place, totals - 1)
-    flat = (place < totals).flatten().nonzero().squeeze(1)
+    starts = (totals - prefix).cumsum(0) - totals
+    rows = torch.where(place < prefix, place, prefix + starts + torch.minimum(place, totals - 1))
+    own = (place < totals) & (place >= prefix)
+    own[0, :prefix] = True
+    flat = own.flatten().nonzero().squeeze(1)
     answers = lengths[:, :2].sum(1, keepdim=True)
     chosen, rejected = (place >= lengths[:, :1]) & (place < answers), place >= answers
     seen = (place[None, :] <= place[:, None]) & ~(rejected[:, :, None] & chosen[:, None, :])

@@ -35,13 +35,13 @@ class Recorder:
     def __init__(self, compute: Callable[[Packed], TokenScores], parameters: list[Tensor]) -> None:
         self.compute, self.parameters = compute, parameters
         self.pool = torch.cuda.graph_pool_handle()
-        self.seen: Counter[tuple[int, ...]] = Counter()
-        self.recordings: dict[tuple[int, ...], Recording] = {}
+        self.seen: Counter[tuple[torch.Size, ...]] = Counter()
+        self.recordings: dict[tuple[torch.Size, ...], Recording] = {}
 
     def __call__(self, packed: Packed) -> TokenScores:
         if not torch.is_grad_enabled() or len(packed.ids) > LARGEST_TOKENS:
             return self.compute(packed)
-        shape = tuple(len(tensor) for tensor in packed)
+        shape = tuple(tensor.shape for tensor in packed)
         self.seen[shape] += 1
         if self.seen[shape] == 1:
             return self.compute(packed)

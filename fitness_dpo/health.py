@@ -36,15 +36,16 @@ class Pairs(NamedTuple):
         return [beta * (after - before) for before, after in zip(self.before, self.after, strict=True)]
 
 
-def judge(history: Logs, health: HealthConfig, dpo: DpoConfig, steps: int, pairs: Pairs | None = None) -> list[Verdict]:
+def judge(
+    history: Logs, health: HealthConfig, dpo: DpoConfig, steps: int, pairs: Pairs | None = None, *, ended: bool = False
+) -> list[Verdict]:
     """Every verdict that `history`, the logged steps as TRL names them, allows; `steps` are planned in all.
 
-    Too few logs give no verdict but on explosion. No learning is judged at the last step only and, where there is a
-    validation split, as length exploitation always is, with `pairs` only. Figures of the training batches are means over the last `health.window` logs.
+    Too few logs give no verdict but on explosion. No learning is judged when the training has `ended`, length exploitation
+    with `pairs` only. Figures of the training batches are means over the last `health.window` logs.
     """
     train = [entry for entry in history if "loss" in entry]
     held_out = [entry for entry in history if "eval_loss" in entry and entry["step"] > 0]
-    validated = any("eval_loss" in entry for entry in history)
     found = [explosion(train, health, dpo)]
     if len(train) >= 2 * health.window and not found[0].sick:
         latest = held_out[-1] if held_out and held_out[-1]["step"] >= train[-health.window]["step"] else None
@@ -52,7 +53,7 @@ def judge(history: Logs, health: HealthConfig, dpo: DpoConfig, steps: int, pairs
         found.append(saturation(train, health, dpo, steps))
         if latest is not None:
             found.append(overfitting(train, latest, health, dpo))
-        if train[-1]["step"] + dpo.logging_steps > steps and (pairs is not None or not validated):
+        if ended:
             found.append(no_learning(train, pairs, health, dpo))
     if pairs is not None and (lengths := length_exploitation(pairs, health, dpo)) is not None:
         found.append(lengths)

@@ -11,8 +11,8 @@ import trl.trainer.utils
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 256
-Score = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+CHUNK_TOKENS = 512
+Score = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, ...]]
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -91,18 +91,18 @@ CHUNK_LOGITS = 1 << 27
 """Logits held at once: 268 MB in 16 bits."""
 
 
-def score_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """The scores of one chunk, and d logps / d hidden: (tokens, width), the target's row of W less the expected row."""
+def score_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, pulled: bool) -> tuple[Tensor, ...]:
+    """The scores of one chunk; where `pulled`, d logps / d hidden too: (tokens, width), the target's row of W less the expected."""
     logits = (hidden @ weight.T).float()
     log_total = logits.logsumexp(-1)
     probabilities = (logits - log_total[:, None]).exp()
-    return (
+    scores = (
         logits.gather(-1, targets[:, None]).squeeze(-1) - log_total,
         log_total - (probabilities * logits).sum(-1),
         logits.mean(-1),
         logits.argmax(-1) == targets,
-        weight[targets] - probabilities.to(weight.dtype) @ weight,
     )
+    return (*scores, weight[targets] - probabilities.to(weight.dtype) @ weight) if pulled else scores
 
 
 class AnswerLogProbs(torch.autograd.Function):
@@ -115,12 +115,14 @@ class AnswerLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, score: Score) -> tuple[Tensor, ...]:
         chunk = max(CHUNK_LOGITS // weight.size(0), 1) if hidden.is_cuda else CHUNK_TOKENS
+        pulled = ctx.needs_input_grad[0]
         parts = [
-            score(hidden[start : start + chunk], weight, targets[start : start + chunk])
+            score(hidden[start : start + chunk], weight, targets[start : start + chunk], pulled)
             for start in range(0, len(hidden), chunk)
         ]
-        *scores, direction = (torch.cat(values) for values in zip(*parts, strict=True))
-        ctx.save_for_backward(direction)
+        scores = [torch.cat(values) for values in zip(*parts, strict=True)]
+        if pulled:
+            ctx.save_for_backward(scores.pop())
         ctx.mark_non_differentiable(*scores[1:])
         return tuple(scores)
 

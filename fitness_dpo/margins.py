@@ -1,32 +1,31 @@
 """The held-out pairs one by one, where TRL logs means only."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from fitness_dpo.health import Pairs
-from fitness_dpo.packing import PACKED
 
 
-@torch.no_grad()
-def held_out_pairs(trainer: Any) -> Pairs:
-    """Log-probability differences and length differences of the trainer's validation pairs (of this process's share)."""
-    pairs = Pairs([], [], [])
-    trainer.model.eval()
-    for batch in trainer.get_eval_dataloader():
-        inputs = trainer._prepare_inputs(batch)
-        mask = inputs["completion_mask"]
-        labels = inputs["input_ids"].masked_fill(mask == 0, -100)
-        with trainer.compute_loss_context_manager():
-            given = {name: inputs[name] for name in ("input_ids", "attention_mask", PACKED) if name in inputs}
-            logps = trainer.model(**given, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(1)
-        if "ref_chosen_logps" in inputs:
-            chosen, rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        else:
-            chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs)
-        half = len(logps) // 2
-        lengths = mask.sum(1)
-        pairs.before.extend((chosen - rejected).tolist())
-        pairs.after.extend((logps[:half] - logps[half:]).tolist())
-        pairs.length_differences.extend((lengths[:half] - lengths[half:]).tolist())
-    return pairs
+@contextmanager
+def each_pair(found: Pairs, inputs: dict[str, Any], *models: Any) -> Iterator[None]:
+    """Add the pairs of a batch to `found`, from the log-probabilities that TRL asks the `models` for in the meantime: the
+    policy's, then, unless `inputs` bring them, the reference's."""
+    asked: list[Any] = []
+    hooks = [
+        model.register_forward_hook(lambda *call: asked.append(call[-1].log_probs.sum(1))) for model in models if model
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    chosen, rejected = asked[0].chunk(2)
+    if "ref_chosen_logps" in inputs:
+        reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+    else:
+        reference = asked[1].chunk(2)
+    lengths = inputs["completion_mask"].sum(1).chunk(2)
+    found.before.extend((reference[0] - reference[1]).tolist())
+    found.after.extend((chosen - rejected).tolist())
+    found.length_differences.extend((lengths[0] - lengths[1]).tolist())

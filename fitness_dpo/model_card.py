@@ -98,11 +98,10 @@ def recipe(run: Path, trained: TrainConfig) -> Iterator[str]:
 def scores(run: Path) -> Iterator[str]:
     """Lines of figures: those of the training's own validation, and the evaluation's where there was one."""
     trained = _read(run / runs.METRICS)
-    before, after = trained.get("before"), trained.get("after")
-    if before and after:
-        for name, words in (("accuracies", "preference accuracy"), ("margins", "reward margin")):
-            key = f"eval_rewards/{name}"
-            yield f"- {words} on validation pairs: {before[key]:.3f} before, {after[key]:.3f} after"
+    after = trained["after"]
+    if after:
+        yield f"- preference accuracy on validation pairs: {after['eval_rewards/accuracies']:.3f} (guessing gets 0.5)"
+        yield f"- reward margin on validation pairs: {after['eval_rewards/margins']:.3f} (0 before)"
     file = run / "evaluation" / "metrics.json"
     if not file.is_file():
         return

@@ -12,8 +12,10 @@ import torch
 import trl
 
 from fitness_dpo.config import InputError, TrainConfig
+from fitness_dpo.health import Pairs
+from fitness_dpo.margins import each_pair
 from fitness_dpo.packed_model import PackedForward, starts_at_base
-from fitness_dpo.packing import HostBatch, PackedCollator
+from fitness_dpo.packing import HostBatch, PackedCollator, common_start, usual
 from fitness_dpo.reference import Logps, Pair, fingerprint, reference_logps
 
 MICRO_BATCHES = "micro_batches"
@@ -38,14 +40,17 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
             parameter.data = parameter.data.float()
         if packed:
             compiled = compiles(config.dpo.compile, planned_steps(self.args, len(self.train_dataset)))
-            self.longest = max(map(pair_length, [*self.train_dataset, *(self.eval_dataset or [])]))
+            pairs = [*self.train_dataset, *(self.eval_dataset or [])]
+            self.longest = max(map(pair_length, pairs))
             forward = PackedForward(
                 self.model, -(-self.longest // 64) * 64, compiled=compiled,
                 checkpointing=config.model.gradient_checkpointing != "false",
             )  # fmt: skip
+            prefix = common_start(pair["prompt_ids"] for pair in pairs)
             self.data_collator = PackedCollator(
                 self.processing_class.pad_token_id,
-                prompt_share=prompt_share(self.train_dataset) if forward.records else None,
+                prefix,
+                usual(pairs, len(prefix)) if forward.records else None,
                 on_host=self.args.world_size == 1 and not set(self.loss_types) & NOT_ON_HOST,
             )
         if config.dpo.precompute_reference:
@@ -59,7 +64,9 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         return dataset
 
     def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
-        """The held-out figures. Leaves training's random state as it was: a resumed run may skip an evaluation."""
+        """The held-out figures; `held_out` has the pairs one by one (of this process's share). Leaves training's random state
+        as it was: a resumed run may skip an evaluation."""
+        self.held_out = Pairs([], [], [])
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             figures: dict[str, float] = super().evaluate(*arguments, **named)
         return figures
@@ -134,8 +141,12 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         return data.to(self.args.device) if isinstance(data, HostBatch) else super()._prepare_input(data)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *given, **named).to(self.args.device)
-        return loss * self.share if self.model.training else loss
+        if self.model.training:
+            loss = super().compute_loss(model, inputs, *given, **named) * self.share
+        else:
+            with each_pair(self.held_out, inputs, self.model, self.ref_model):
+                loss = super().compute_loss(model, inputs, *given, **named)
+        return loss.to(self.args.device)
 
 
 def walk_less(model: Any, trained: list[torch.Tensor]) -> None:
@@ -170,11 +181,6 @@ def pair_length(pair: Pair) -> int:
 
 def pair_tokens(pair: Pair) -> int:
     return sum(len(pair[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected"))
-
-
-def prompt_share(pairs: datasets.Dataset) -> float:
-    """Of all tokens."""
-    return sum(map(len, pairs["prompt_ids"])) / sum(map(pair_tokens, pairs))
 
 
 def divide(pairs: list[Pair], budget: int) -> list[list[Pair]]:

@@ -66,13 +66,10 @@ def verdict(verdicts: list[Data], evaluation: Data | None) -> Data:
 
 
 def before_after(metrics: Data) -> list[tuple[Any, ...]]:
-    """Held-out figures of both ends of the training. There is no accuracy before it: every reward is 0 then."""
-    before, after = metrics["before"], metrics["after"]
-    names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-    return [
-        (f"held-out {name}", None if name == "accuracy" else before[f"eval_{key}"], after[f"eval_{key}"])
-        for key, name in names.items() if after
-    ]  # fmt: skip
+    """Held-out figures of both ends of the training. Before it every reward is 0: there is no accuracy."""
+    after = metrics["after"]
+    names = {"loss": ("loss", None), "rewards/accuracies": ("accuracy", None), "rewards/margins": ("margin", 0.0)}
+    return [(f"held-out {name}", before, after[f"eval_{key}"]) for key, (name, before) in names.items() if after]
 
 
 def effort(metrics: Data) -> list[tuple[Any, ...]]:

@@ -45,7 +45,6 @@ def train(config: TrainConfig, run: Path, console: Console, interruption: Interr
     from fitness_dpo.callbacks import Health, ProgressBar, Samples
     from fitness_dpo.checkpoints import Checkpoints
     from fitness_dpo.failures import explained
-    from fitness_dpo.margins import held_out_pairs
     from fitness_dpo.progress import ProgressFile
     from fitness_dpo.tracking import wandb_run
     from fitness_dpo.trainer import build_trainer
@@ -77,8 +76,10 @@ def train(config: TrainConfig, run: Path, console: Console, interruption: Interr
                 progress.progress.stop()
             if trainer.eval_dataset is not None:
                 trainer.evaluate()
-        pairs = held_out_pairs(trainer) if trainer.eval_dataset is not None else None
-        verdicts = judge(trainer.state.log_history, config.health, config.dpo, trainer.state.max_steps, pairs)
+        pairs = trainer.held_out if trainer.eval_dataset is not None else None
+        verdicts = judge(
+            trainer.state.log_history, config.health, config.dpo, trainer.state.max_steps, pairs, ended=True
+        )
         metrics = summary(trainer, progress, preferences) | {
             "verdicts": [verdict._asdict() for verdict in verdicts],
             "held_out_pairs": pairs and pairs._asdict(),
@@ -117,7 +118,6 @@ def summary(trainer: Any, progress: Any, preferences: Preferences) -> Metrics:
         "steps": trainer.state.global_step,
         "loss": logged[-1]["loss"] if logged else None,
         "loss_step": logged[-1]["step"] if logged else None,
-        "before": held_out[0] if held_out else None,
         "after": held_out[-1] if held_out else None,
         "seconds": round(sum(seconds), 1),
         "pairs_per_second": round(pairs / typical, 2) if typical else None,
@@ -151,14 +151,13 @@ def opening(config: TrainConfig, preferences: Preferences) -> str:
 def closing(metrics: Metrics, run: Path) -> Table:
     """The one screen a run ends with."""
     table = Table(title="trained", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    before, after = metrics["before"] or {}, metrics["after"] or {}
-    loss = metrics["loss"]
+    after, loss = metrics["after"], metrics["loss"]
     table.add_row(
         "loss", "none logged" if loss is None else f"{loss:.3f} at step {metrics['loss_step']} of {metrics['steps']}"
     )
-    for name in ("rewards/accuracies", "rewards/margins"):
-        if after:
-            table.add_row(f"held-out {name}", f"{before[f'eval_{name}']:.3f} before, {after[f'eval_{name}']:.3f} after")
+    if after:
+        table.add_row("held-out accuracy", f"{after['eval_rewards/accuracies']:.3f}, where guessing gets 0.5")
+        table.add_row("held-out margin", f"{after['eval_rewards/margins']:.3f}, 0 before")
     speed = f", {metrics['tokens_per_second']:.0f} tokens/s" if metrics["tokens_per_second"] else ""
     table.add_row("training", f"{metrics['seconds']:.0f} s{speed}, {metrics['peak_memory_gib']:.2f} GiB peak")
     for line in health_lines(metrics["verdicts"]):

@@ -55,7 +55,6 @@ def dpo_arguments(config: TrainConfig, run: Path, dtype: torch.dtype, *, validat
         "logging_nan_inf_filter": False,  # it hides what the health verdicts look for, and makes every step wait for the GPU
         "eval_strategy": "steps" if dpo.eval_steps and validate else "no",
         "eval_steps": dpo.eval_steps,
-        "eval_on_start": validate,
         "save_strategy": "steps",
         "save_steps": dpo.save_steps,
         "bf16": dtype == torch.bfloat16,
@@ -101,7 +100,7 @@ def build_trainer(
     splits: dict[str, list[Example]],
     run: Path,
     callbacks: Sequence[TrainerCallback],
-) -> trl.DPOTrainer:
+) -> PreferenceTrainer:
     """A DPOTrainer over the train split that watches the validation split, where there is one."""
     template = ChatTemplate(policy.tokenizer)
     limit = config.model.max_length_tokens

@@ -45,7 +45,7 @@ def run(compose_train: Callable[..., TrainConfig], tmp_path_factory: pytest.Temp
     folder = home / "run"
     runs.write_start(folder, config, runs.provenance({}) | {"wandb_id": "0123abcd"})
     save_adapter(policy, config.model.name, folder / runs.ADAPTER)
-    metrics = {"steps": 1, "before": None, "after": None, "rows": {"train": 1, "validation": 0, "test": 0}}
+    metrics = {"steps": 1, "after": None, "rows": {"train": 1, "validation": 0, "test": 0}}
     (folder / runs.METRICS).write_text(json.dumps(metrics))
     return folder
 

@@ -16,7 +16,6 @@ from fitness_dpo.callbacks import Health
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.data import load_preferences
 from fitness_dpo.health import Pairs, Verdict, judge, length_exploitation
-from fitness_dpo.margins import held_out_pairs
 from fitness_dpo.model import Policy
 from fitness_dpo.trainer import build_trainer
 from tests.conftest import TINY, run_verb
@@ -65,8 +64,10 @@ def train(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
             trainer = build_trainer(config, policy, load_preferences(config.data).splits, folder, [health])
             trainer.train()
             trainer.evaluate()
-            held_out = held_out_pairs(trainer)
-            verdicts = judge(trainer.state.log_history, config.health, config.dpo, trainer.state.max_steps, held_out)
+            held_out = trainer.held_out
+            verdicts = judge(
+                trainer.state.log_history, config.health, config.dpo, trainer.state.max_steps, held_out, ended=True
+            )
             measured = trainer.state.log_history[-1]["eval_rewards/margins"]
             change = [after - before for before, after in zip(held_out.before, held_out.after, strict=True)]
             assert config.dpo.beta * sum(change) / len(change) == pytest.approx(measured, abs=1e-3)

@@ -14,9 +14,10 @@ from trl.trainer.utils import FusedCausalLMOutput
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.config.dpo import LOSS_TYPES
 from fitness_dpo.data import load_preferences
+from fitness_dpo.decoder import GatherKeys, flash_layout
 from fitness_dpo.model import Policy
 from fitness_dpo.packed_model import PackedForward
-from fitness_dpo.packing import PackedCollator, bucket, pack, pad
+from fitness_dpo.packing import PackedCollator, Usual, bucket, common_start, pack, pad
 from fitness_dpo.preference_trainer import PreferenceTrainer, divide, pair_tokens
 from fitness_dpo.trainer import build_trainer
 
@@ -114,8 +115,9 @@ def families() -> dict[str, Callable[[], Any]]:
     }
 
 
+@pytest.mark.parametrize("prefix", [[], [7, 8, 9]], ids=["no prefix", "prefix"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_log_probabilities_of_every_family_are_the_models_own(family: str) -> None:
+def test_log_probabilities_of_every_family_are_the_models_own(family: str, prefix: list[int]) -> None:
     import peft
 
     torch.manual_seed(0)
@@ -129,9 +131,12 @@ def test_log_probabilities_of_every_family_are_the_models_own(family: str) -> No
             parameter.data.normal_(0, 0.1)
     pairs = [
         {side: torch.randint(3, 300, (length,)).tolist() for side, length in zip(SIDES, lengths, strict=True)}
-        for lengths in ((5, 3, 9), (1, 1, 1), (11, 20, 2))
+        for lengths in ((5, 3, 9), (4, 1, 1), (11, 20, 2))
     ]
-    batch = PackedCollator(0)(pairs)
+    for pair in pairs:
+        pair["prompt_ids"][: len(prefix)] = prefix
+    batch = PackedCollator(0, prefix)(pairs)
+    assert batch["packed"]["repeats"].shape == (6, len(prefix))
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     with torch.no_grad():
         every = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
@@ -150,6 +155,42 @@ PAIRS = [
 ]
 
 
+def test_what_all_prompts_begin_with_is_laid_out_once() -> None:
+    pairs = [pair | {"prompt_ids": [1, 2, *pair["prompt_ids"]]} for pair in PAIRS]
+    prefix = common_start(pair["prompt_ids"] for pair in pairs)
+    assert prefix == [1, 2]
+    packed = pack(pairs, 7, len(prefix))
+    assert packed.ids.tolist() == [1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 2, 3, 3, 4, 5]
+    assert packed.keys.tolist() == [0, 1, 0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 7, 0, 1, 8, 9, 0, 1, 8, 10, 11, 12]
+    assert packed.first.tolist() == [0, 1, 4, 5, 6, 7, 8, 14, 17, 18, 22, 23, 24]
+    assert packed.second.tolist() == [25, 25, 11, 12, 13, 25, 25, 25, 21, 25, 25, 25, 25]
+    assert packed.repeats.tolist() == [[2, 3], [9, 10], [15, 16], [19, 20]]
+    assert packed.query_starts.tolist() == [0, 2, 7, 8, 10, 13]
+    assert packed.key_starts.tolist() == [0, 2, 9, 15, 19, 25]
+    assert packed.sources.tolist() == [4, 5, 4, 8, 8, 10, 11]
+    assert packed.places.tolist() == [4, 5, 16, 8, 20, 21, 22]
+    assert packed.ids[packed.keys[packed.first]].tolist() == packed.ids.tolist()
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_keys_that_stand_more_than_once_add_up_their_gradients(prefix: int) -> None:
+    packed = pack([pair | {"prompt_ids": [1, 2, *pair["prompt_ids"]]} for pair in PAIRS], 7, prefix)
+    gradients = []
+    for gather in (lambda x: x[packed.keys], lambda x: GatherKeys.apply(x, *flash_layout(packed)[:4])):
+        x = torch.arange(3.0 * len(packed.ids)).view(-1, 1, 3).requires_grad_()
+        gathered = gather(x)
+        (gathered * torch.arange(1.0, gathered.numel() + 1).view_as(gathered)).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_prompt_never_lies_in_the_prefix_whole() -> None:
+    """Its last token predicts the answers' first, one of each pair."""
+    assert common_start([[1, 2], [1, 2, 3]]) == [1]
+    assert PackedCollator(0, [5, 6, 7])(PAIRS)["packed"]["repeats"].shape == (4, 0), "they do not begin so"
+
+
 def test_the_layout_of_two_pairs() -> None:
     packed = pack(PAIRS, 5)
     assert packed.ids.tolist() == [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
@@ -157,8 +198,8 @@ def test_the_layout_of_two_pairs() -> None:
     assert packed.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 6, 8, 9, 10]
     assert packed.first.tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 12, 13, 14]
     assert packed.second.tolist() == [5, 6, 7, 15, 15, 15, 11, 15, 15, 15, 15]
-    assert packed.query_starts.tolist() == [0, 5, 6, 8, 11]
-    assert packed.key_starts.tolist() == [0, 5, 9, 11, 15]
+    assert packed.query_starts.tolist() == [0, 0, 5, 6, 8, 11]
+    assert packed.key_starts.tolist() == [0, 0, 5, 9, 11, 15]
     assert packed.sources.tolist() == [2, 3, 2, 6, 6, 8, 9]
     assert packed.targets.tolist() == [8, 9, 10, 12, 13, 14, 15]
     assert packed.places.tolist() == [2, 3, 10, 4, 12, 13, 14]
@@ -166,10 +207,10 @@ def test_the_layout_of_two_pairs() -> None:
 
 def test_added_tokens_are_sequences_of_their_own_and_never_scored() -> None:
     packed = pack(PAIRS, 5)
-    padded = pad(packed, nowhere=16, prompt_share=0.4)
+    padded = pad(packed, 16, Usual(keys=1.4, answers=0.6))
     assert len(padded.ids) == bucket(11) == 256
-    assert len(padded.targets) == 192, "256 tokens, of which 0.9 x 0.4 are prompts, in whole 64s"
-    assert len(padded.keys) == 384, "256 tokens and 1.1 x 0.4 of them again"
+    assert len(padded.targets) == 192, "1.02 x 0.6 x 256, in whole 64s"
+    assert len(padded.keys) == 384, "1.02 x 1.4 x 256"
     for kept, name in (
         (11, "ids"),
         (11, "positions"),
@@ -181,13 +222,13 @@ def test_added_tokens_are_sequences_of_their_own_and_never_scored() -> None:
     ):
         assert torch.equal(getattr(padded, name)[:kept], getattr(packed, name))
     assert padded.places[7:].unique().tolist() == [16]
-    assert padded.query_starts[:5].tolist() == packed.query_starts.tolist()
+    assert padded.query_starts[:6].tolist() == packed.query_starts.tolist()
     assert padded.query_starts[-1] == 256
     assert padded.key_starts[-1] == 15 + 245
     assert padded.keys[15:260].tolist() == padded.first[11:].new_tensor(range(11, 256)).tolist()
     assert (padded.second == len(padded.keys)).sum() == 256 - 4, "only the four tokens of the prompts have a second key"
-    assert len(pad(packed, nowhere=16, prompt_share=0.9).targets) == 64, "room for 7 of 49"
-    assert len(pad(pack(PAIRS * 20, 5), nowhere=200, prompt_share=0.9).targets) == 256, "140 do not fit into 64"
+    assert len(pad(packed, 16, Usual(keys=1.4, answers=0.1)).targets) == 64, "7 fit"
+    assert len(pad(pack(PAIRS * 20, 5), 200, Usual(keys=1.4, answers=0.1)).targets) == 256, "140 do not"
 
 
 def test_the_padded_half_of_a_batch_is_trls() -> None:

@@ -29,8 +29,8 @@ def logps(policy: Policy, row: dict[str, list[int]], side: str) -> float:
 def test_training_starts_at_the_reference(tiny: Tiny, pairs_file: Path, tmp_path: Path, precompute: str) -> None:
     config, policy = tiny(f"data.path={pairs_file}", f"dpo.precompute_reference={precompute}")
     trainer = build_trainer(config, policy, load_preferences(config.data).splits, tmp_path, [])
+    start = trainer.evaluate()
     trainer.train()
-    start = trainer.state.log_history[0]
     assert start["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert start["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
     first_step = next(entry for entry in trainer.state.log_history if "loss" in entry)
