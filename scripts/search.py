@@ -10,6 +10,7 @@ import json
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,25 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--name", default="search", help="folder under outputs/multirun")
     parser.add_argument("words", nargs="*", help="overrides of every run")
+    parser.add_argument("--at-once", type=int, default=1)
     options = parser.parse_args()
-    home = HOME / options.name
-    sweep(home / "trials", "hydra/sweeper=optuna", f"hydra.sweeper.n_trials={options.trials}", *SPACE, *options.words)
+    home, at_once = HOME / options.name, f"sweep.at_once={options.at_once}"
+    search = [
+        "hydra/sweeper=optuna",
+        f"hydra.sweeper.n_trials={options.trials}",
+        f"hydra.sweeper.n_jobs={options.at_once}",
+    ]
+    sweep(home / "trials", *search, *SPACE, at_once, *options.words)
     found = json.loads((home / "trials" / "search.json").read_text(encoding="utf-8"))["best"][0]
     winner = [f"{name}={value}" for name, value in found["settings"].items()]
     print(f"winner of {options.trials} trials: {' '.join(winner)}, validation accuracy {found['values'][0]:.3f}")
-    sweep(home / "winner", FRESH_SEEDS, *winner, *options.words)
-    sweep(home / "default", FRESH_SEEDS, *options.words)
+    sweep(home / "winner", FRESH_SEEDS, *winner, at_once, *options.words)
+    sweep(home / "default", FRESH_SEEDS, at_once, *options.words)
+    runs = [home / name / str(job) for name in ("winner", "default") for job in range(3)]
+    with ThreadPoolExecutor(options.at_once) as pool:
+        every = list(pool.map(evaluate, runs))
     print("\n| settings | test accuracy | margin | chosen change | quiz |\n|---|---|---|---|---|")
-    for name, words in (("winner", " ".join(winner)), ("default", "")):
-        measured = [evaluate(home / name / str(job)) for job in range(3)]
+    for name, words, measured in (("winner", " ".join(winner), every[:3]), ("default", "", every[3:])):
         columns = [
             cell([each["preference"]["accuracy"]["value"] for each in measured], ".3f"),
             cell([each["preference"]["margin"]["value"] for each in measured], ".2f"),
