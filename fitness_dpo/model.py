@@ -204,9 +204,6 @@ def _transformers_policy(config: ModelConfig, path: str, lora: LoraConfig, seed:
     from transformers import set_seed
 
     policy = load_base(config)
-    checkpointing = config.gradient_checkpointing == "true"
-    if config.load_in_4bit:
-        peft.prepare_model_for_kbit_training(policy.model, use_gradient_checkpointing=checkpointing)
     set_seed(seed)
     try:
         model = peft.get_peft_model(policy.model, peft.LoraConfig(task_type="CAUSAL_LM", **_lora_arguments(lora)))

@@ -3,9 +3,9 @@
     python scripts/choose_recipe.py --at-once 12 --output recipe
 
 Every run is a `python -m fitness_dpo.train` of the embedded set, side by side on one GPU. Of the candidates whose answers to the
-validation prompts end by themselves at least as often as the base's, the one with the highest held-out accuracy is trained
-anew with seeds 1, 2 and 3, and only those runs are shown the test split. recipe/sweep.json has the candidates,
-recipe/seed-N/evaluation/metrics.json the measures.
+validation prompts are sound (see `sound`), the one with the highest held-out accuracy is trained anew with seeds 1, 2 and 3,
+and only those runs are shown the test split. recipe/sweep.json has the candidates, recipe/seed-N/evaluation/metrics.json
+the measures.
 """
 
 import argparse
@@ -101,6 +101,12 @@ def base_answers(run: Path) -> dict[str, float]:
     return answers(load_config(run, TrainConfig), run, adapted=False)
 
 
+def sound(row: dict[str, Any], base: dict[str, float]) -> bool:
+    """Whether answers end at least as often as the base's, repeat themselves no more, and are about as long."""
+    like = abs(row["words"] / base["words"] - 1) <= 0.15
+    return bool(row["ended"] >= base["ended"] and row["repeated_4grams"] <= base["repeated_4grams"] and like)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--at-once", type=int, default=1)
@@ -116,7 +122,7 @@ def main() -> None:
         print(f"base {base}", flush=True)
         ranked = sorted(
             range(len(rows)),
-            key=lambda place: (rows[place]["ended"] < base["ended"], -rows[place]["accuracy"], rows[place]["loss"]),
+            key=lambda place: (not sound(rows[place], base), -rows[place]["accuracy"], rows[place]["loss"]),
         )
         for row in (rows[place] for place in ranked):
             print(

@@ -239,6 +239,19 @@ def test_the_padded_half_of_a_batch_is_trls() -> None:
         assert found[name].dtype == tensor.dtype
 
 
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_4bit_weights_are_unpacked_to_the_dtype_of_the_arithmetic(
+    tiny: Tiny, pairs_file: Path, tmp_path: Path, checkpointing: str
+) -> None:
+    quantized = ["model.load_in_4bit=true", "model.dtype=bfloat16", f"model.gradient_checkpointing='{checkpointing}'"]
+    figures = [
+        trainer_of(tiny, pairs_file, tmp_path / forward, f"dpo.forward={forward}", *quantized).evaluate()
+        for forward in ("packed", "padded")
+    ]
+    for name in ("eval_logps/chosen", "eval_logps/rejected"):
+        assert figures[0][name] == pytest.approx(figures[1][name], rel=2**-8), name
+
+
 def test_checkpointing_gives_the_same_gradients(
     tiny: Tiny, pairs_file: Path, tmp_path: Path, trainer: PreferenceTrainer
 ) -> None:
