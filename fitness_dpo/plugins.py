@@ -103,7 +103,7 @@ class ProcessLauncher(Launcher):
         return jobs.Processes(settings.at_once, lock)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run each list of overrides, sweep.seeds times. The value returned for each is the folders of its finished runs."""
+        """Run each list of overrides, sweep.seeds times. The value returned for each is its jobs."""
         composed = [
             self.compose(list(overrides)) for overrides in job_overrides
         ]  # a mistake in any ends the sweep here
@@ -147,7 +147,7 @@ class RayLauncher(ProcessLauncher):
 
 
 def returned(overrides: list[str], batch: list[jobs.Job]) -> JobReturn:
-    failed = [job for job in batch if job.state != "finished"]
+    failed = [job for job in batch if job.state not in jobs.DONE]
     answer = JobReturn(overrides=overrides, status=JobStatus.FAILED if failed else JobStatus.COMPLETED)
-    answer.return_value = RuntimeError(failed[0].reason) if failed else [job.folder for job in batch]
+    answer.return_value = RuntimeError(failed[0].reason) if failed else batch
     return answer

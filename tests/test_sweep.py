@@ -1,7 +1,9 @@
 """A sweep's jobs run apart, what becomes of each is on record, and the same command finishes what is missing."""
 
 import contextlib
+import csv
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -19,6 +21,7 @@ import pytest
 from fitness_dpo import jobs, runs, sweep
 from fitness_dpo.config import InputError
 from tests.conftest import TINY, read_json, run_verb
+from tests.test_health import LONGER, SETTINGS
 from tests.test_runs import wandb_records
 
 QUIET = [*TINY, "logging.wandb.mode=disabled", "dpo.logging_steps=1"]
@@ -37,6 +40,7 @@ def one_line(*arguments: str, cwd: Path) -> str:
     [
         (["dpo.beta=0.1,high"], "dpo.beta: Value 'high' of type 'str' could not be converted to Float"),
         (["dpo.beta=0.1,0"], "dpo.beta=0.0: use more than 0"),
+        (["health.stop_on=[no learning]"], "health.stop_on=no learning: choose one of displacement, over-fitting"),
         (["dpo.beta=interval(0.1,0.2)"], "a grid takes values, as in dpo.beta=1,2,3"),
         (["dpo.beta=0.1,0.2", "hydra/launcher=slurm"], "hydra/launcher=slurm: there is no such choice; choose one of"),
         (["dpo.beta=0.1,0.2", "sweep.resume=latest"], "sweep.resume=latest: no sweep under"),
@@ -188,6 +192,36 @@ def states(folder: Path) -> list[str]:
 
 def losses(folder: Path, job: int | str) -> list[float]:
     return [entry["loss"] for entry in read_json(folder / str(job) / "metrics.json")["history"] if "loss" in entry]
+
+
+@pytest.mark.slow
+def test_hopeless_jobs_end_early_stand_last_and_do_not_run_again(tmp_path: Path) -> None:
+    """One rate loses the chosen answers, one explodes, one is too low to do harm."""
+    (tmp_path / "pairs.json").write_text(json.dumps(LONGER), encoding="utf-8")
+    words = [
+        *QUIET, *SETTINGS, "data.path=pairs.json", "dpo.epochs=4", "health.stop_on=[displacement]", "logging.sample_prompts=[]",
+        "dpo.learning_rate=5e-3,1e30,1e-9", "hydra.sweep.dir=sweep",
+    ]  # fmt: skip
+    done = run_verb("train", "-m", *words, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "sweep"
+    assert states(folder) == ["stopped", "stopped", "finished"]
+    reasons = [job["reason"] for job in read_json(folder / "sweep.json")["jobs"]]
+    assert reasons[0].startswith("displacement: log-probability of the held-out chosen answers -")
+    assert reasons[0].endswith("(training ended at step 10 of 24)")
+    assert reasons[1].startswith("explosion: ")
+    assert reasons[2] is None
+    assert not (folder / "1" / "metrics.json").exists()
+    with (folder / "leaderboard.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["jobs"], row["vetoed"], row["accuracy"] != "") for row in rows] == [
+        ("2", "False", True), ("0", "True", True), ("1", "True", False),
+    ]  # fmt: skip
+    ends = [(folder / str(job) / "output.log").stat().st_mtime_ns for job in range(3)]
+    again = run_verb("train", "-m", *words, "sweep.resume=sweep", cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert states(folder) == ["stopped", "stopped", "finished"]
+    assert [(folder / str(job) / "output.log").stat().st_mtime_ns for job in range(3)] == ends
 
 
 STAND_IN = """
