@@ -53,6 +53,17 @@ def test_a_mistake_ends_the_sweep_before_its_first_job(arguments: list[str], exp
     assert not list(tmp_path.rglob("*.*")), "nothing may be left behind"
 
 
+@pytest.mark.parametrize(("package", "choice"), [("ray", "hydra/launcher=ray"), ("optuna", "hydra/sweeper=optuna")])
+def test_what_is_not_installed_is_said_in_a_line(package: str, choice: str, tmp_path: Path) -> None:
+    """None in sys.modules makes Python take the package for missing."""
+    words = ["train", "-m", "dpo.beta=0.1,0.2", choice]
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = {words}; runpy.run_module('fitness_dpo.train', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {choice}: {package} is not installed; pip install 'fitness-dpo[{package}]'\n"
+    assert not list(tmp_path.rglob("*.*"))
+
+
 def test_a_sweep_setting_without_a_sweep_is_refused(tmp_path: Path) -> None:
     done = run_verb("train", "sweep.seeds=3", cwd=tmp_path)
     assert done.returncode == 2
@@ -312,6 +323,23 @@ def test_nine_runs_survive_a_kill_a_failure_and_an_interruption(pairs_file: Path
     assert whole.returncode == 0, whole.stderr
     (alone,) = (tmp_path / "outputs").glob("20*/*")
     assert losses(folder, 4) == losses(alone.parent, alone.name)
+
+
+@pytest.mark.slow
+def test_three_betas_on_the_embedded_model(tmp_path: Path) -> None:
+    words = [
+        "model=smollm2_135m", "dpo.beta=0.05,0.1,0.3", "dpo.max_steps=2", "dpo.logging_steps=1", "dpo.warmup_ratio=0", "data.max_rows=8",
+        "data.max_validation_rows=4", "logging.sample_prompts=[]", "logging.wandb.mode=disabled", "hydra.sweep.dir=sweep",
+    ]  # fmt: skip
+    done = run_verb("train", "-m", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert states(tmp_path / "sweep") == ["finished"] * 3
+    with (tmp_path / "sweep" / "leaderboard.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["dpo.beta"] for row in rows} == {"0.05", "0.1", "0.3"}
+    assert [row["rank"] for row in rows] == ["1", "2", "3"]
+    assert all(0 <= float(row["accuracy"]) <= 1 for row in rows)
+    assert len({losses(tmp_path / "sweep", job)[-1] for job in range(3)}) == 3, "every beta has a loss of its own"
 
 
 def grid(pairs_file: Path) -> list[str]:
