@@ -13,8 +13,8 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fitness_dpo import runs
-from fitness_dpo.config import DataConfig, DpoConfig, HealthConfig, InputError, LoggingConfig
-from fitness_dpo.health import judge
+from fitness_dpo.config import DataConfig, DpoConfig, HealthConfig, Hopeless, LoggingConfig
+from fitness_dpo.health import Verdict, judge
 from fitness_dpo.inference import ask, generate
 from fitness_dpo.model import Policy
 from fitness_dpo.tracking import log_samples
@@ -116,8 +116,11 @@ class ProgressBar(TrainerCallback):
 class Health(TrainerCallback):
     """Says once, in one line, what the logged figures show to be wrong, and ends a training that cannot recover.
 
-    Raises InputError on NaN or exploding gradients, and leaves no checkpoint behind whose weights may be at fault.
+    A verdict of health.stop_on ends it after this step, and `ended_by` is that verdict. Raises Hopeless on NaN or exploding
+    gradients, and leaves no checkpoint behind whose weights may be at fault.
     """
+
+    ended_by: Verdict | None = None
 
     def __init__(self, health: HealthConfig, dpo: DpoConfig, run: Path, console: Console) -> None:
         self.health, self.dpo, self.run, self.console = health, dpo, run, console
@@ -132,6 +135,10 @@ class Health(TrainerCallback):
         for verdict in verdicts:
             if verdict.sick and verdict.name == "explosion":
                 self.stop(state, verdict.line)
+            if verdict.sick and verdict.name in self.health.stop_on and state.global_step < state.max_steps:
+                at = f"training ended at step {state.global_step} of {state.max_steps}"
+                verdict = self.ended_by = verdict._replace(line=f"{verdict.line} ({at})")
+                control.should_training_stop = True
             if verdict.sick and verdict.name not in self.said and state.is_world_process_zero:
                 self.console.print(Text(f"health  {verdict.line}", style="yellow"))
                 self.said.add(verdict.name)
@@ -150,4 +157,4 @@ class Health(TrainerCallback):
                     shutil.rmtree(folder)
         last = runs.last_checkpoint(self.run)
         kept = f"{last.relative_to(self.run)} is the last good checkpoint" if last else "no good checkpoint yet"
-        raise InputError(f"{line} (training stopped at step {state.global_step}; {kept})")
+        raise Hopeless(f"{line} (training stopped at step {state.global_step}; {kept})")

@@ -28,6 +28,7 @@ class Checkpoints(TrainerCallback):
     def __init__(self, interruption: Interruption, run: Path, limit: int) -> None:
         self.interruption, self.run, self.limit = interruption, run, limit
         self.saved = 0
+        self.asked = False
         self.in_step = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -38,7 +39,8 @@ class Checkpoints(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.in_step = False
-        if any_process(self.interruption.reason is not None):
+        self.asked = any_process(self.interruption.reason is not None)
+        if self.asked:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
@@ -61,7 +63,7 @@ class Checkpoints(TrainerCallback):
                 (old / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(old)
         self.saved = state.global_step
-        if control.should_training_stop and state.global_step < state.max_steps:
+        if self.asked and state.global_step < state.max_steps:
             raise Stopped(self.interruption.status)
 
     @contextmanager

@@ -120,6 +120,7 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], int | None])
             status = run(OmegaConf.to_object(composed), folder) or 0
         except (config.InputError, OmegaConfBaseException) as error:
             mistakes.append(error)
+            status = getattr(error, "status", 2)
         finally:
             if runs.OUTPUTS.resolve() in folder.resolve().parents:
                 with contextlib.suppress(OSError):  # leave no empty run folder behind; one that holds something stays
@@ -133,10 +134,11 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], int | None])
         hydra.main(version_base="1.3", config_path="pkg://fitness_dpo.conf", config_name=config_name)(task)()
     except (config.InputError, HydraException, OmegaConfBaseException) as error:
         mistakes.append(error)
+        status = 2
     except KeyboardInterrupt as stopped:
         sys.exit(stopped.status if isinstance(stopped, Stopped) else 130)
     for mistake in mistakes if distributed.rank() == 0 else ():
         print(f"error: {one_line(mistake)}", file=sys.stderr)  # noqa: T201
     if mistakes and os.environ.get("FITNESS_DPO_TRACEBACK") == "1":
         raise mistakes[0]
-    sys.exit(2 if mistakes else status)
+    sys.exit(status)

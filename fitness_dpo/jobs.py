@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fitness_dpo import runs
+from fitness_dpo.config import Hopeless
 from fitness_dpo.gpus import gpu_names
 
+DONE = ("finished", "stopped")
 OUTPUT, FAILURE = "output.log", "failure.txt"
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemoryError|can't allocate memory|MemoryError")
 GRACE_SECONDS = 60
@@ -29,9 +31,9 @@ class Job:
     """What makes this run differ from the defaults, as on the command line."""
     folder: Path
     state: str = "waiting"
-    """waiting, running, finished, failed or interrupted."""
+    """waiting, running, finished, stopped (by its own health verdict; it does not run again), failed or interrupted."""
     reason: str | None = None
-    """Why it failed, in one line."""
+    """Why it failed, or the verdict that stopped it, in one line."""
     started: float | None = field(default=None, compare=False)
 
     def progress(self) -> dict[str, Any]:
@@ -42,9 +44,16 @@ class Job:
     def end(self, status: int, *, killed_for_memory: bool) -> None:
         """Note how the process ended: its exit status, or minus the signal that ended it."""
         if status == 0 and (self.folder / runs.METRICS).is_file():
-            self.state, self.reason = "finished", None
-            return
-        self.fail(reason(status, self.folder / OUTPUT, killed_for_memory=killed_for_memory))
+            self.take_result()
+        elif status == Hopeless.status:
+            self.state, self.reason = "stopped", last_line(self.folder / OUTPUT)
+        else:
+            self.fail(reason(status, self.folder / OUTPUT, killed_for_memory=killed_for_memory))
+
+    def take_result(self) -> None:
+        """Note what the run's metrics.json says of its end."""
+        self.reason = json.loads((self.folder / runs.METRICS).read_text(encoding="utf-8")).get("ended_by")
+        self.state = "finished" if self.reason is None else "stopped"
 
     def fail(self, reason: str) -> None:
         self.state, self.reason = "failed", reason
@@ -58,11 +67,16 @@ def reason(status: int, output: Path, *, killed_for_memory: bool) -> str:
         if killed_for_memory:
             return f"out of memory: the kernel ended it with {name}; lower dpo.batch_size or sweep.at_once"
         return f"killed by {name}"
-    lines = output.read_text(encoding="utf-8", errors="replace").split("\n") if output.is_file() else []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    last = last_line(output)
     if OUT_OF_MEMORY.search(last):
         return f"out of memory: {last}; lower dpo.batch_size"
-    return f"exit status {status}: {last.removeprefix('error: ')}"
+    return f"exit status {status}: {last}"
+
+
+def last_line(output: Path) -> str:
+    """The last thing a process said."""
+    lines = output.read_text(encoding="utf-8", errors="replace").split("\n") if output.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing").removeprefix("error: ")
 
 
 def kernel_kills() -> int:

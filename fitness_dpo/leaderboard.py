@@ -55,9 +55,12 @@ class Entry:
     sick: list[str] | None = None
     """Health verdicts against any of its runs; None where none was given."""
 
+    stopped: bool = False
+    """Whether a health verdict ended any of its runs early."""
+
     @property
     def vetoed(self) -> bool:
-        return VETO in (self.sick or ())
+        return self.stopped or VETO in (self.sick or ())
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -109,6 +112,9 @@ def run_figures(run: Path) -> Figures:
     )
 
 
+NOT_MEASURED = Figures(**dict.fromkeys(Figures._fields) | {"rows": 0})
+
+
 def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -124,12 +130,12 @@ def mean(figures: list[Figures]) -> Figures:
         name: None if None in values else statistics.fmean(values)
         for name, values in zip(Figures._fields, zip(*figures, strict=True), strict=True)
     }
-    return Figures(**means | {"rows": figures[0].rows})
+    return Figures(**means | {"rows": max(each.rows for each in figures)})
 
 
 def rank(folder: Path) -> Leaderboard:
-    """Rank the settings of a sweep by held-out accuracy; one with a run whose chosen answers were displaced stands behind
-    all others, whatever its accuracy. Margins and losses do not rank: they are not comparable across betas."""
+    """Rank the settings of a sweep by held-out accuracy; one with a run whose chosen answers were displaced, or that a
+    health verdict stopped, stands behind all others, whatever its accuracy. Margins and losses do not rank: they are not comparable across betas."""
     record = sweep.read_record(folder) or {"jobs": []}
     parsed = {job["number"]: values_of(job["overrides"]) for job in record["jobs"]}
     names = dict.fromkeys(name for values in parsed.values() for name in values)
@@ -138,15 +144,17 @@ def rank(folder: Path) -> Leaderboard:
     groups: dict[tuple[str | None, ...], list[dict[str, Any]]] = {}
     unfinished = []
     for job in record["jobs"]:
-        if (folder / job["folder"] / runs.METRICS).is_file():
+        if job["state"] == "stopped" or (folder / job["folder"] / runs.METRICS).is_file():
             groups.setdefault(tuple(parsed[job["number"]].get(name) for name in parameters), []).append(job)
         else:
             unfinished.append(job)
     entries = []
     for values, jobs in groups.items():
-        each = [run_figures(folder / job["folder"]) for job in jobs]
-        verdicts = [read_json(folder / job["folder"] / runs.METRICS).get("verdicts") for job in jobs]
+        measured = [folder / job["folder"] for job in jobs if (folder / job["folder"] / runs.METRICS).is_file()]
+        each = [run_figures(run) for run in measured] + [NOT_MEASURED] * (len(jobs) - len(measured))
+        verdicts = [read_json(run / runs.METRICS).get("verdicts") for run in measured]
         sick = [verdict["name"] for given in verdicts for verdict in given or () if verdict["sick"]]
+        stopped = [job["reason"].partition(":")[0] for job in jobs if job["state"] == "stopped"]
         several = len(jobs) > 1
         entries.append(
             Entry(
@@ -155,7 +163,8 @@ def rank(folder: Path) -> Leaderboard:
                 overrides=jobs[0]["overrides"],
                 figures=mean(each),
                 seeds=[figures.accuracy for figures in each if figures.accuracy is not None] if several else [],
-                sick=None if None in verdicts else list(dict.fromkeys(sick)),
+                sick=None if None in verdicts and not stopped else list(dict.fromkeys([*stopped, *sick])),
+                stopped=bool(stopped),
             )
         )
     return Leaderboard(folder, parameters, sorted(entries, key=order), unfinished)

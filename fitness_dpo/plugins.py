@@ -103,7 +103,7 @@ class ProcessLauncher(Launcher):
         return jobs.Processes(settings.at_once, lock)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run each list of overrides, sweep.seeds times. The value returned for each is the folders of its finished runs."""
+        """Run each list of overrides, sweep.seeds times. The value returned for each is its jobs."""
         composed = [
             self.compose(list(overrides)) for overrides in job_overrides
         ]  # a mistake in any ends the sweep here
@@ -136,9 +136,18 @@ class RayLauncher(ProcessLauncher):
     __module__ = NAMESPACE
 
     def __init__(self, address: str | None, num_cpus: int, num_gpus: int | None) -> None:
+        self.cluster: Any = {"address": address, "num_cpus": num_cpus, "num_gpus": num_gpus}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Raise InputError where no job can be started; out of __init__ Hydra would wrap it."""
         if find_spec("ray") is None:
             raise InputError("hydra/launcher=ray: ray is not installed; pip install 'fitness-dpo[ray]'")
-        self.cluster: Any = {"address": address, "num_cpus": num_cpus, "num_gpus": num_gpus}
+        cpus, gpus = self.cluster["num_cpus"], self.cluster["num_gpus"]
+        if not isinstance(cpus, int) or cpus < 1:
+            raise InputError(f"hydra.launcher.num_cpus={cpus}: use a whole number, 1 or more")
+        if gpus is not None and (not isinstance(gpus, int) or gpus < 0):
+            raise InputError(f"hydra.launcher.num_gpus={gpus}: use a whole number, 0 or more, or null")
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def runner(self, settings: SweepConfig, lock: int) -> jobs.Runner:
         from fitness_dpo.ray_jobs import RayJobs
@@ -147,7 +156,7 @@ class RayLauncher(ProcessLauncher):
 
 
 def returned(overrides: list[str], batch: list[jobs.Job]) -> JobReturn:
-    failed = [job for job in batch if job.state != "finished"]
+    failed = [job for job in batch if job.state not in jobs.DONE]
     answer = JobReturn(overrides=overrides, status=JobStatus.FAILED if failed else JobStatus.COMPLETED)
-    answer.return_value = RuntimeError(failed[0].reason) if failed else [job.folder for job in batch]
+    answer.return_value = RuntimeError(failed[0].reason) if failed else batch
     return answer

@@ -11,6 +11,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from fitness_dpo import leaderboard, runs, sweep
 from fitness_dpo.config import InputError
+from fitness_dpo.jobs import Job
 
 if TYPE_CHECKING:
     import optuna
@@ -36,8 +37,8 @@ def search(
     """Ask for trials, launch them, tell what came of them; the best: one, or with several objectives those that no other beats
     in all. Every trial is in search.json.
 
-    A trial that failed, or lacks an objective's figure, is told as failed; one whose chosen answers were displaced as
-    pruned. The trials of a sweep that is resumed come first, with the values they had.
+    A trial that failed, or lacks an objective's figure, is told as failed; one that a health verdict stopped, or whose
+    chosen answers were displaced, as pruned, which TPE takes for worse than all that have figures. The trials of a sweep that is resumed come first, with the values they had.
     """
     import optuna
 
@@ -122,10 +123,10 @@ def outcome(returned: JobReturn, objectives: list[str]) -> tuple["optuna.trial.T
 
     if returned.status != JobStatus.COMPLETED:
         return TrialState.FAIL, None
-    folders: list[Path] = returned.return_value
-    if any(leaderboard.displaced(folder) for folder in folders):
+    jobs: list[Job] = returned.return_value
+    if any(job.state == "stopped" or leaderboard.displaced(job.folder) for job in jobs):
         return TrialState.PRUNED, None
-    figures = leaderboard.mean([leaderboard.run_figures(folder) for folder in folders])._asdict()
+    figures = leaderboard.mean([leaderboard.run_figures(job.folder) for job in jobs])._asdict()
     values = [figures[name] for name in objectives]
     return (TrialState.FAIL, None) if None in values else (TrialState.COMPLETE, values)
 

@@ -18,11 +18,18 @@ from rich.table import Table
 
 from fitness_dpo import runs
 from fitness_dpo.config import InputError, TrainConfig
-from fitness_dpo.jobs import FAILURE, Job, Runner
+from fitness_dpo.jobs import DONE, FAILURE, Job, Runner
 
 RECORD, LOCK = "sweep.json", ".lock"
 POLL_SECONDS = 0.25
-STYLES = {"finished": "green", "failed": "red", "interrupted": "yellow", "running": "bold", "waiting": "dim"}
+STYLES = {
+    "finished": "green",
+    "stopped": "magenta",
+    "failed": "red",
+    "interrupted": "yellow",
+    "running": "bold",
+    "waiting": "dim",
+}
 
 
 class Sweep:
@@ -77,13 +84,17 @@ class Sweep:
         else:
             job.folder.mkdir(parents=True, exist_ok=True)
             runs.write_whole(file, OmegaConf.to_yaml(OmegaConf.structured(config)))
-        job.state = "finished" if (job.folder / runs.METRICS).is_file() else "waiting"
+        known = self.jobs.get(number)
+        if (job.folder / runs.METRICS).is_file():
+            job.take_result()
+        elif known is not None and known.state == "stopped":
+            job.state, job.reason = known.state, known.reason
         self.jobs[number] = job
         return job
 
     def run(self, jobs: Sequence[Job], runner: Runner, console: Console) -> None:
-        """Run those of `jobs` that are not finished. Each one's end is recorded, whatever it is; a KeyboardInterrupt ends them all."""
-        waiting = [job for job in jobs if job.state != "finished"]
+        """Run those of `jobs` that are not done. Each one's end is recorded, whatever it is; a KeyboardInterrupt ends them all."""
+        waiting = [job for job in jobs if job.state not in DONE]
         running: list[Job] = []
         self.write()
         with interruptible(), Board(list(self.jobs.values()), console) as board:
@@ -104,8 +115,9 @@ class Sweep:
             except KeyboardInterrupt:
                 runner.stop()
                 for job in running:
-                    finished = (job.folder / runs.METRICS).is_file()
-                    job.state = "finished" if finished else "interrupted"
+                    job.state = "interrupted"
+                    if (job.folder / runs.METRICS).is_file():
+                        job.take_result()
                     self.changed(job, board)
                 raise
 
@@ -139,7 +151,7 @@ def command(record: dict[str, Any], folder: Path) -> str:
 
 def how_to_resume(folder: Path) -> str:
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    left = sum(job["state"] != "finished" for job in record["jobs"])
+    left = sum(job["state"] not in DONE for job in record["jobs"])
     return f"{left} of {len(record['jobs'])} jobs are left; go on with\n  {command(record, folder)}"
 
 
@@ -245,15 +257,13 @@ class Board:
 
     def table(self) -> Table:
         """As many jobs as the terminal has room for, those that run first."""
-        order = {"running": 0, "failed": 1, "interrupted": 2, "waiting": 3, "finished": 4}
+        order = {"running": 0, "failed": 1, "interrupted": 2, "waiting": 3, "stopped": 4, "finished": 5}
         room = max(3, self.console.height - 5)
         shown = sorted(
             sorted(self.jobs, key=lambda job: (order[job.state], job.number))[:room], key=lambda job: job.number
         )
-        done = sum(job.state == "finished" for job in self.jobs)
-        table = Table(
-            title=f"{done} of {len(self.jobs)} finished", title_justify="left", box=None, padding=(0, 2, 0, 0)
-        )
+        done = sum(job.state in DONE for job in self.jobs)
+        table = Table(title=f"{done} of {len(self.jobs)} done", title_justify="left", box=None, padding=(0, 2, 0, 0))
         for name in ("job", "state", "step", "loss", "accuracy", "left"):
             table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
         table.add_column("settings", overflow="ellipsis", no_wrap=True)

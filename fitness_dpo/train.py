@@ -80,8 +80,11 @@ def train(config: TrainConfig, run: Path, console: Console, interruption: Interr
         verdicts = judge(
             trainer.state.log_history, config.health, config.dpo, trainer.state.max_steps, pairs, ended=True
         )
+        if health.ended_by is not None:
+            verdicts = [health.ended_by, *(each for each in verdicts if each.name != health.ended_by.name)]
         metrics = summary(trainer, progress, preferences) | {
             "verdicts": [verdict._asdict() for verdict in verdicts],
+            "ended_by": health.ended_by and health.ended_by.line,
             "held_out_pairs": pairs and pairs._asdict(),
         }
         if first:

@@ -128,6 +128,15 @@ def test_displacement_and_the_override_that_lessens_it(train: Callable[..., Trai
     assert mended[0]["displacement"].figure > trained[0]["displacement"].figure + 0.005
 
 
+def test_a_verdict_of_stop_on_ends_the_training_at_its_first_log(train: Callable[..., Trained]) -> None:
+    words = ["dpo.learning_rate=5e-3", "dpo.epochs=4"]
+    to_the_end = train(LONGER, *words)[2]
+    stopped = train(LONGER, *words, "health.stop_on=[displacement]")[2]
+    assert "displacement" in to_the_end
+    assert "training ended" not in to_the_end
+    assert "training ended at step 10 of 24" in stopped, "nothing is judged before ten logs"
+
+
 def test_rejected_answers_that_are_always_longer_teach_length(train: Callable[..., Trained]) -> None:
     trained = train(LONGER, "dpo.learning_rate=5e-3", "dpo.epochs=2")
     assert "length exploitation" in sick(trained)
@@ -155,7 +164,7 @@ def test_nan_ends_the_training_with_one_line_and_keeps_the_good_checkpoint(pairs
         "dpo.max_steps=10", "dpo.learning_rate=1e30", "dpo.logging_steps=1", "dpo.save_steps=1", "dpo.save_total_limit=4",
         "logging.sample_prompts=[]", "logging.wandb.mode=disabled", cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.returncode == 3, done.stdout + done.stderr
     assert done.stderr.count("\n") == 1
     assert re.match(r"error: explosion: .* at step 3.*; try dpo.learning_rate=1e\+29", done.stderr)
     assert "training stopped at step 3; checkpoints/checkpoint-1 is the last good checkpoint" in done.stderr

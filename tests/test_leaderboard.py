@@ -56,6 +56,24 @@ def test_accuracy_ranks_and_displacement_vetoes(tmp_path: Path) -> None:
     assert best.chosen_change == pytest.approx(-0.4)
 
 
+def test_what_a_verdict_stopped_stands_last(tmp_path: Path) -> None:
+    """Once with figures, once without: a training that exploded has none."""
+    accuracies: Accuracies = {("dpo.beta=0.05",): 0.9, ("dpo.beta=0.1",): 0.7, ("dpo.beta=0.5",): 0.8}
+    folder = write_sweep(tmp_path / "sweep", accuracies)
+    record = json.loads((folder / "sweep.json").read_text())
+    for job, verdict in ((0, "over-fitting"), (2, "explosion")):
+        record["jobs"][job] |= {"state": "stopped", "reason": f"{verdict}: of this figure; try another"}
+    (folder / "2" / "metrics.json").unlink()
+    (folder / "sweep.json").write_text(json.dumps(record))
+    board = leaderboard.publish(folder, Console(quiet=True))
+    assert [entry.jobs for entry in board.entries] == [[1], [0], [2]]
+    assert [entry.vetoed for entry in board.entries] == [False, True, True]
+    assert not board.unfinished
+    with (folder / "leaderboard.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["accuracy"], row["sick"]) for row in rows] == [("0.7", ""), ("0.9", "over-fitting"), ("", "explosion")]
+
+
 def test_seeds_of_a_setting_are_one_line(tmp_path: Path) -> None:
     accuracies: Accuracies = {
         ("lora.r=8", "dpo.seed=0"): 0.6, ("lora.r=8", "dpo.seed=1"): 0.7,

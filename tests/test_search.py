@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 
 from fitness_dpo import search
+from fitness_dpo.jobs import Job
 from fitness_dpo.leaderboard import values_of
 from tests.test_leaderboard import displace
 
@@ -17,7 +18,7 @@ SETTINGS: dict[str, Any] = {"n_trials": 30, "n_jobs": 1, "objectives": ["accurac
 
 
 class Landscape:
-    """Runs that end at once, with an accuracy that is highest at beta 0.1; a rank of 4 fails, of 8 is displaced."""
+    """Runs that end at once, with an accuracy that is highest at beta 0.1; a rank of 4 fails, of 8 is displaced, of 2 stopped early."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,8 +41,12 @@ class Landscape:
             if values.get("lora.r") == "8":
                 displace(run)
             failed = values.get("lora.r") == "4"
+            job = Job(number=number, setting=number, overrides=words, folder=run, state="finished")
+            if values.get("lora.r") == "2":
+                (run / "metrics.json").unlink()
+                job.state = "stopped"
             answer = JobReturn(overrides=words, status=JobStatus.FAILED if failed else JobStatus.COMPLETED)
-            answer.return_value = RuntimeError("killed by SIGKILL") if failed else [run]
+            answer.return_value = RuntimeError("killed by SIGKILL") if failed else [job]
             answers.append(answer)
         record = {
             "overrides": [], "hydra": [],
@@ -68,10 +73,10 @@ def test_it_finds_the_best_beta_and_keeps_what_is_not_swept(tmp_path: Path) -> N
 
 
 def test_failed_trials_nan_and_displacement_are_told(tmp_path: Path) -> None:
-    (best,), _, trials = run(tmp_path, "dpo.beta=interval(0.05, 0.5)", "lora.r=4,8,16", n_trials=40, n_jobs=4)
+    (best,), _, trials = run(tmp_path, "dpo.beta=interval(0.05, 0.5)", "lora.r=2,4,8,16", n_trials=40, n_jobs=4)
     for trial in trials:
         beta, r = trial["settings"]["dpo.beta"], trial["settings"]["lora.r"]
-        expected = "fail" if r == "4" else "pruned" if r == "8" else "fail" if beta >= 0.4 else "complete"
+        expected = "fail" if r == "4" else "pruned" if r in ("2", "8") else "fail" if beta >= 0.4 else "complete"
         assert trial["state"] == expected
     assert best["settings"]["lora.r"] == "16"
 

@@ -1,7 +1,9 @@
 """A sweep's jobs run apart, what becomes of each is on record, and the same command finishes what is missing."""
 
 import contextlib
+import csv
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -19,6 +21,7 @@ import pytest
 from fitness_dpo import jobs, runs, sweep
 from fitness_dpo.config import InputError
 from tests.conftest import TINY, read_json, run_verb
+from tests.test_health import LONGER, SETTINGS
 from tests.test_runs import wandb_records
 
 QUIET = [*TINY, "logging.wandb.mode=disabled", "dpo.logging_steps=1"]
@@ -37,6 +40,7 @@ def one_line(*arguments: str, cwd: Path) -> str:
     [
         (["dpo.beta=0.1,high"], "dpo.beta: Value 'high' of type 'str' could not be converted to Float"),
         (["dpo.beta=0.1,0"], "dpo.beta=0.0: use more than 0"),
+        (["health.stop_on=[no learning]"], "health.stop_on=no learning: choose one of displacement, over-fitting"),
         (["dpo.beta=interval(0.1,0.2)"], "a grid takes values, as in dpo.beta=1,2,3"),
         (["dpo.beta=0.1,0.2", "hydra/launcher=slurm"], "hydra/launcher=slurm: there is no such choice; choose one of"),
         (["dpo.beta=0.1,0.2", "sweep.resume=latest"], "sweep.resume=latest: no sweep under"),
@@ -47,6 +51,17 @@ def test_a_mistake_ends_the_sweep_before_its_first_job(arguments: list[str], exp
     (tmp_path / "empty").mkdir()
     assert expected in one_line(*arguments, cwd=tmp_path)
     assert not list(tmp_path.rglob("*.*")), "nothing may be left behind"
+
+
+@pytest.mark.parametrize(("package", "choice"), [("ray", "hydra/launcher=ray"), ("optuna", "hydra/sweeper=optuna")])
+def test_what_is_not_installed_is_said_in_a_line(package: str, choice: str, tmp_path: Path) -> None:
+    """None in sys.modules makes Python take the package for missing."""
+    words = ["train", "-m", "dpo.beta=0.1,0.2", choice]
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = {words}; runpy.run_module('fitness_dpo.train', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {choice}: {package} is not installed; pip install 'fitness-dpo[{package}]'\n"
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_a_sweep_setting_without_a_sweep_is_refused(tmp_path: Path) -> None:
@@ -190,6 +205,36 @@ def losses(folder: Path, job: int | str) -> list[float]:
     return [entry["loss"] for entry in read_json(folder / str(job) / "metrics.json")["history"] if "loss" in entry]
 
 
+@pytest.mark.slow
+def test_hopeless_jobs_end_early_stand_last_and_do_not_run_again(tmp_path: Path) -> None:
+    """One rate loses the chosen answers, one explodes, one is too low to do harm."""
+    (tmp_path / "pairs.json").write_text(json.dumps(LONGER), encoding="utf-8")
+    words = [
+        *QUIET, *SETTINGS, "data.path=pairs.json", "dpo.epochs=4", "health.stop_on=[displacement]", "logging.sample_prompts=[]",
+        "dpo.learning_rate=5e-3,1e30,1e-9", "hydra.sweep.dir=sweep",
+    ]  # fmt: skip
+    done = run_verb("train", "-m", *words, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "sweep"
+    assert states(folder) == ["stopped", "stopped", "finished"]
+    reasons = [job["reason"] for job in read_json(folder / "sweep.json")["jobs"]]
+    assert reasons[0].startswith("displacement: log-probability of the held-out chosen answers -")
+    assert reasons[0].endswith("(training ended at step 10 of 24)")
+    assert reasons[1].startswith("explosion: ")
+    assert reasons[2] is None
+    assert not (folder / "1" / "metrics.json").exists()
+    with (folder / "leaderboard.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["jobs"], row["vetoed"], row["accuracy"] != "") for row in rows] == [
+        ("2", "False", True), ("0", "True", True), ("1", "True", False),
+    ]  # fmt: skip
+    ends = [(folder / str(job) / "output.log").stat().st_mtime_ns for job in range(3)]
+    again = run_verb("train", "-m", *words, "sweep.resume=sweep", cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert states(folder) == ["stopped", "stopped", "finished"]
+    assert [(folder / str(job) / "output.log").stat().st_mtime_ns for job in range(3)] == ends
+
+
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -278,6 +323,23 @@ def test_nine_runs_survive_a_kill_a_failure_and_an_interruption(pairs_file: Path
     assert whole.returncode == 0, whole.stderr
     (alone,) = (tmp_path / "outputs").glob("20*/*")
     assert losses(folder, 4) == losses(alone.parent, alone.name)
+
+
+@pytest.mark.slow
+def test_three_betas_on_the_embedded_model(tmp_path: Path) -> None:
+    words = [
+        "model=smollm2_135m", "dpo.beta=0.05,0.1,0.3", "dpo.max_steps=2", "dpo.logging_steps=1", "dpo.warmup_ratio=0", "data.max_rows=8",
+        "data.max_validation_rows=4", "logging.sample_prompts=[]", "logging.wandb.mode=disabled", "hydra.sweep.dir=sweep",
+    ]  # fmt: skip
+    done = run_verb("train", "-m", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert states(tmp_path / "sweep") == ["finished"] * 3
+    with (tmp_path / "sweep" / "leaderboard.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["dpo.beta"] for row in rows} == {"0.05", "0.1", "0.3"}
+    assert [row["rank"] for row in rows] == ["1", "2", "3"]
+    assert all(0 <= float(row["accuracy"]) <= 1 for row in rows)
+    assert len({losses(tmp_path / "sweep", job)[-1] for job in range(3)}) == 3, "every beta has a loss of its own"
 
 
 def grid(pairs_file: Path) -> list[str]:

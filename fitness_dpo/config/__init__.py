@@ -2,7 +2,7 @@
 Imports no torch."""
 
 from fitness_dpo.config.answering import BotConfig, ChatConfig, InferConfig, ServeConfig
-from fitness_dpo.config.checks import InputError
+from fitness_dpo.config.checks import Hopeless, InputError
 from fitness_dpo.config.data import ColumnsConfig, DataConfig
 from fitness_dpo.config.dpo import DpoConfig
 from fitness_dpo.config.evaluate import EvaluateConfig, GateConfig, JudgeConfig
@@ -15,7 +15,7 @@ from fitness_dpo.config.verbs import InspectConfig, LeaderboardConfig, ReportCon
 
 __all__ = [
     "BotConfig", "ChatConfig", "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "ExportConfig", "GateConfig",
-    "HealthConfig", "HubConfig", "InferConfig", "InputError", "InspectConfig", "JudgeConfig", "LeaderboardConfig", "LoggingConfig",
+    "HealthConfig", "Hopeless", "HubConfig", "InferConfig", "InputError", "InspectConfig", "JudgeConfig", "LeaderboardConfig", "LoggingConfig",
     "LoraConfig", "ModelConfig", "ModelOverrides", "ParityConfig", "ReportConfig", "SamplingConfig", "ServeConfig", "SweepConfig",
     "TrainConfig", "WandbConfig", "register",
 ]  # fmt: skip

@@ -4,6 +4,15 @@
 class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: the key or file, the value, the mend."""
 
+    status = 2
+    """The exit status of a verb that ends with it."""
+
+
+class Hopeless(InputError):
+    """A training that its own health verdict ended and that has no result; again, it would end the same way."""
+
+    status = 3
+
 
 def require(holds: bool, key: str, value: object, mend: str) -> None:
     if not holds:

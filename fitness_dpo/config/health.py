@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from fitness_dpo.config.checks import require
+from fitness_dpo.config.checks import one_of, require
+
+HOPELESS = ("displacement", "over-fitting")
+"""Verdicts that are given while a run trains, and that more of the same does not mend. An explosion ends every run."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,11 +34,16 @@ class HealthConfig:
     explosion: float = MISSING
     """Gradient norm, as a multiple of the first step's, that ends the training when two logs in a row exceed it."""
 
+    stop_on: list[str] = MISSING
+    """Verdicts that end the training at the first log at which one is sick; what it came to by then is measured and saved."""
+
     def __post_init__(self) -> None:
         require(self.window >= 2, "health.window", self.window, "use 2 or more")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            require(value > 0, f"health.{field.name}", value, "use more than 0")
+        for name in (field.name for field in dataclasses.fields(self) if field.type != list[str]):
+            value = getattr(self, name)
+            require(value > 0, f"health.{name}", value, "use more than 0")
         for name in ("length_share", "saturation_accuracy", "saturation_early", "overfit_accuracy"):
             value = getattr(self, name)
             require(value <= 1, f"health.{name}", value, "a share: use more than 0 and up to 1")
+        for verdict in self.stop_on:
+            one_of("health.stop_on", verdict, HOPELESS)
