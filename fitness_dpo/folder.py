@@ -18,12 +18,15 @@ def new_folder(folder: Path, mark: dict[str, Any]) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place at the end; after an error nothing of it is left.
 
     `mark` is written into it as export.json. A folder that is there already is replaced only if its own mark names the
-    same run. Raises InputError where it holds anything else.
+    same run. Raises InputError where it holds anything else, or cannot be written.
     """
     require_own(folder, mark)
     made = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise InputError(f"output={folder}: no folder can be made there ({error.strerror}); name another") from error
     try:
         yield beside
         (beside / MARK).write_text(json.dumps(mark, indent=1), encoding="utf-8")

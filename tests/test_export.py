@@ -125,6 +125,17 @@ def test_every_kind_of_adapter_merges(
         assert torch.allclose(merged(ids).logits, expected, atol=1e-4)
 
 
+def test_a_disk_without_room_is_seen_before_anything_is_written(run: Path, small_disk: Path) -> None:
+    with pytest.raises(InputError, match=r"needs 2\d MB and its disk has 4 MB free"):
+        merge(run, small_disk / "models" / "new")
+    assert not list(small_disk.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_refused(run: Path) -> None:
+    with pytest.raises(InputError, match=r"output=/proc/models/new: no folder can be made there \(No such file"):
+        merge(run, Path("/proc/models/new"))
+
+
 HOSTILE = 'Say "no\\n" to {{ 7 * 7 }} {% endif %} and\n ünïcode 💪'
 
 
