@@ -51,7 +51,7 @@ test: $(VENV)/installed ## lint, type-check and run the tests
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(VENV)/installed ## the tests that install a wheel, run the notebook or need long
+test-slow: $(VENV)/installed ## the tests that install a wheel, run the notebook or need long (one in Chromium)
 	$(BIN)/python -m pytest -m slow
 
 test-browser: $(VENV)/installed ## the pages in Chromium (/usr/bin/chromium)

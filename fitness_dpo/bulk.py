@@ -4,7 +4,8 @@ import csv
 import io
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,8 @@ def answer_file(bot: Bot, config: InferConfig, source: Path, output: Path) -> No
             raise InputError(f"{question.place}: {error}") from error
     began = time.perf_counter()
     console = Console(stderr=True)
-    with output.open("ab") as file, Progress(console=console, disable=not console.is_terminal) as progress:
+    bar = Progress(console=console, disable=not console.is_terminal)
+    with written(output), output.open("ab") as file, bar as progress:
         file.truncate(whole_bytes)
         task = progress.add_task("answering", total=len(questions), completed=there)
         for start in range(0, len(left), config.batch_size):
@@ -62,6 +64,17 @@ def answer_file(bot: Bot, config: InferConfig, source: Path, output: Path) -> No
                 console.print(f"{there + start + len(lines)} of {len(questions)} answered", highlight=False)
     seconds = time.perf_counter() - began
     print(f"{output}: {len(questions)} answers, {len(left)} of them new, in {seconds:.0f} s")  # noqa: T201
+
+
+@contextmanager
+def written(output: Path) -> Iterator[None]:
+    """Raise InputError where the answers cannot be written, such as to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"output={output}: cannot be written ({error.strerror}); mend that, and the same command goes on"
+        ) from error
 
 
 def answers_at_once(policy: Policy, prompts: list[list[Message]], sampling: SamplingConfig) -> list[str]:

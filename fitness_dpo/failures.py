@@ -1,6 +1,5 @@
 """What a machine runs out of, said in one line. Import it after the model is loaded."""
 
-import errno
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 
 from fitness_dpo import runs
 from fitness_dpo.config import InputError, TrainConfig
+from fitness_dpo.folder import is_full_error
 from fitness_dpo.manifest import is_whole
 
 FULL_BYTES = 2**20
@@ -42,10 +42,6 @@ def explained(config: TrainConfig, run: Path) -> Iterator[None]:
             else "then start again"
         )
         raise InputError(f"{run}: no space is left on this disk; make room, {kept}") from error
-
-
-def is_full_error(error: BaseException) -> bool:
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def out_of_memory(config: TrainConfig) -> str:

@@ -14,7 +14,7 @@ class FewRowsLinear(torch.nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.size(-1)
-        if not 1 < rows <= MOST_ROWS or torch.is_grad_enabled():
+        if not 1 < rows <= MOST_ROWS or torch.is_grad_enabled() or self.weight.dtype != torch.float32:
             return super().forward(x)
         product = (self.weight @ x.reshape(rows, -1).T).T.contiguous()
         return (product if self.bias is None else product + self.bias).view(*x.shape[:-1], -1)

@@ -1,5 +1,6 @@
 """A folder that is written whole or not at all, and never over what somebody else wrote. Imports no torch."""
 
+import errno
 import json
 import shutil
 import tempfile
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from fitness_dpo.config import InputError
 
@@ -18,18 +21,25 @@ def new_folder(folder: Path, mark: dict[str, Any]) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place at the end; after an error nothing of it is left.
 
     `mark` is written into it as export.json. A folder that is there already is replaced only if its own mark names the
-    same run. Raises InputError where it holds anything else.
+    same run. Raises InputError where it holds anything else, cannot be written, or the disk runs full.
     """
     require_own(folder, mark)
     made = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise InputError(f"output={folder}: no folder can be made there ({error.strerror}); name another") from error
     try:
         yield beside
         (beside / MARK).write_text(json.dumps(mark, indent=1), encoding="utf-8")
         beside.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_full_error(error):
+            raise
+        raise InputError(f"output={folder}: its disk ran full, nothing was kept; make room, or name another") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         for parent in made:
@@ -58,3 +68,7 @@ def require_room(folder: Path, needed_bytes: int) -> None:
             f"output={folder}: needs {needed_bytes / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free; "
             "free some, or name a folder on another disk"
         )
+
+
+def is_full_error(error: BaseException) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)

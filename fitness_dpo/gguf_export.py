@@ -60,9 +60,8 @@ def convert(merged: Path, kind: str, script: Path, name: str, file: Path) -> Non
         "--model-name",
         name,
     ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
+    own = {"PYTHONSAFEPATH": "", "HF_HUB_OFFLINE": "1"}  # it imports what lies beside it
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | own)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         raise InputError(

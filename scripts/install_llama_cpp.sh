@@ -22,5 +22,5 @@ for part in convert_hf_to_gguf.py conversion gguf-py LICENSE; do
     rm -rf "$venv/share/llama.cpp/$part"
     cp -R "$source/$part" "$venv/share/llama.cpp/"
 done
-$pip install -q --disable-pip-version-check -c requirements.lock "$work"/llama_cpp_python-*.tar.gz
+$pip install -q --disable-pip-version-check --no-warn-conflicts -c requirements.lock "$work"/llama_cpp_python-*.tar.gz
 touch "$venv/share/llama.cpp/installed"

@@ -25,6 +25,7 @@ from fitness_dpo.config import TrainConfig
 from fitness_dpo.model import Policy
 
 ROOT = Path(__file__).parents[1]
+CHROMIUM = Path("/usr/bin/chromium")
 PAIRS = [
     {
         "question": f"How many sets of squats should I do in week {week}?",
@@ -143,6 +144,31 @@ def talker(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             adapter[name] = draw.normal(scale=0.3, size=adapter[name].shape).astype("float32")
     save_file(adapter, run / "adapter" / "adapter_model.safetensors", {"format": "pt"})
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MB. Skips where this user may not mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a disk needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, for the tests of a page."""
+    from playwright.sync_api import sync_playwright
+
+    if not CHROMIUM.exists():
+        pytest.fail(f"{CHROMIUM} is missing: apt-get install chromium", pytrace=False)
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 def read_json(file: Path) -> Any:

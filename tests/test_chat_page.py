@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from fitness_dpo.bot import find, load, untuned
 from fitness_dpo.conversation import Conversation
@@ -18,14 +18,6 @@ pytestmark = pytest.mark.browser
 PICTURES = os.environ.get("FITNESS_DPO_PICTURES")
 """A folder for screenshots; none are taken where it is not set."""
 MARKUP = "Why <b>squat</b> &lt; ![x](http://example.org/x.png) **now** <script>document.title='owned'</script><img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

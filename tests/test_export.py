@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fitness_dpo import runs
 from fitness_dpo.config import InputError, ParityConfig, TrainConfig
 from fitness_dpo.config.export import ThresholdsConfig
+from fitness_dpo.folder import new_folder
 from fitness_dpo.inference import ask
 from fitness_dpo.merge import load_exact, merge, with_defaults
 from fitness_dpo.model import Policy, load_trained, save_adapter
@@ -123,6 +124,35 @@ def test_every_kind_of_adapter_merges(
         folder = merge(other, tmp_path / "merged", "float32")
         merged: Any = AutoModelForCausalLM.from_pretrained(folder)
         assert torch.allclose(merged(ids).logits, expected, atol=1e-4)
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_written(run: Path, small_disk: Path) -> None:
+    with pytest.raises(InputError, match=r"needs 2\d MB and its disk has 4 MB free"):
+        merge(run, small_disk / "models" / "new")
+    assert not list(small_disk.iterdir())
+
+
+def write_bytes(folder: Path) -> None:
+    (folder / "model.gguf").write_bytes(bytes(8_000_000))
+
+
+def write_tensors(folder: Path) -> None:
+    save_file({"weight": torch.zeros(2_000_000)}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("write", [write_bytes, write_tensors])
+def test_a_disk_that_runs_full_is_left_as_it_was(write: Callable[[Path], None], small_disk: Path) -> None:
+    with (
+        pytest.raises(InputError, match="its disk ran full, nothing was kept"),
+        new_folder(small_disk / "new" / "model", {"run_id": "1"}) as beside,
+    ):
+        write(beside)
+    assert not list(small_disk.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_refused(run: Path) -> None:
+    with pytest.raises(InputError, match=r"output=/proc/models/new: no folder can be made there \(No such file"):
+        merge(run, Path("/proc/models/new"))
 
 
 HOSTILE = 'Say "no\\n" to {{ 7 * 7 }} {% endif %} and\n ünïcode 💪'

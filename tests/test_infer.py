@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import resource
 import shutil
 import signal
 import sys
@@ -156,12 +157,14 @@ def test_control_tokens_in_a_question_stay_text(talk: Conversation) -> None:
     assert ids.count(talk.policy.tokenizer.eos_token_id) == 1 + (prompt[0]["role"] == "system")
 
 
-def test_a_run_in_training_is_refused(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", ["infer", "chat", "serve", "export"])
+def test_a_run_in_training_is_refused(verb: str, trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     shutil.copy(trained / "config.yaml", run)
-    done = run_verb("infer", f"run={run}", "prompt=Hello", cwd=tmp_path)
+    done = run_verb(verb, f"run={run}", *(["prompt=Hello"] if verb == "infer" else []), cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert [file.name for file in tmp_path.rglob("*")] == ["run", "config.yaml"]
     assert "not finished, no metrics.json there; wait for its end" in done.stderr
 
 
@@ -231,6 +234,25 @@ def test_a_file_of_questions_is_answered_in_order_and_resumed(talker: Path, tmp_
     with pytest.raises(InputError, match=r"questions.jsonl row 2: prompt: its \d+ tokens"):
         answer_file(bot, config, source, output)
     assert output.read_bytes() == whole[: whole.index(b"\n") + 1]
+
+
+def test_a_full_disk_ends_a_file_of_answers_in_one_line_and_the_next_goes_on(talker: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "questions.txt", tmp_path / "answers.jsonl"
+    source.write_text("\n".join(QUESTIONS))
+    config = compose_infer(talker, "batch_size=2")
+    bot = find(config)
+    answer_file(bot, config, source, tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) * 2 // 3, before[1]))  # the disk has no room for more
+    try:
+        with pytest.raises(InputError, match=r"output=.*: cannot be written \(File too large\); mend that"):
+            answer_file(bot, config, source, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert whole.startswith(output.read_bytes())
+    answer_file(bot, config, source, output)
+    assert output.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

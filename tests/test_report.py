@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from fitness_dpo.plots import Series, curves
 from fitness_dpo.report import write_report
 from tests.conftest import read_json, run_verb
 
-CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title = 'hacked'\">"
 PLOTS = {
     "Loss over steps", "Reward margin over steps", "Reward accuracy over steps", "Change in log-probability over steps",
@@ -126,18 +124,6 @@ def test_gradient_norms_of_any_size_fit_on_the_plot(norms: list[float]) -> None:
     """Whatever collapses a plot is a warning of matplotlib's, and so an error here."""
     svg = curves("norms", [Series("norms", range(len(norms)), norms, 0)], log=True)
     assert "stroke: var(--first)" in svg
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    if not CHROMIUM.exists():
-        pytest.fail(f"{CHROMIUM} is missing: apt-get install chromium", pytrace=False)
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.mark.browser

@@ -11,7 +11,7 @@ from openai import APIStatusError, BadRequestError, OpenAI
 
 from fitness_dpo.bot import find, load
 from fitness_dpo.conversation import Conversation
-from fitness_dpo.inference import generate, stream
+from fitness_dpo.inference import generate
 from fitness_dpo.template import ChatTemplate
 from tests.conftest import run_verb, served
 from tests.test_infer import QUESTIONS, compose_infer
@@ -134,25 +134,3 @@ def test_a_port_in_use(verb: str, talker: Path, tmp_path: Path) -> None:
         done = run_verb(verb, f"run={talker}", f"port={port}", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert f"port={port}: 127.0.0.1 does not give it (Address already in use); use another" in done.stderr
-
-
-@pytest.mark.slow
-def test_the_embedded_model_answers_the_same_everywhere(tmp_path: Path) -> None:
-    """Terminal, stream, batch, API and the adapter apart from its weights, in float32."""
-    trained = run_verb(
-        "train", "model=smollm2_135m", "data.max_rows=16", "dpo.max_steps=2", "dpo.learning_rate=1e-3", "dpo.warmup_ratio=0",
-        "logging.sample_prompts=[]", "logging.wandb.mode=disabled", "data.max_validation_rows=2", cwd=tmp_path,
-    )  # fmt: skip
-    assert trained.returncode == 0, trained.stderr
-    (run,) = (tmp_path / "outputs").glob("*/*")
-    config = compose_infer(run, "model.dtype=float32", "sampling.max_new_tokens=40")
-    bot = find(config)
-    apart, policy = load(bot, merged=False), load(bot, merged=True)
-    prompts = [Conversation(policy, bot, config.sampling).prompt(question)[0] for question in QUESTIONS]
-    answers = [generate(policy, [prompt], config.sampling)[0] for prompt in prompts]
-    assert ["".join(stream(apart, prompt, config.sampling)).strip() for prompt in prompts] == answers
-    with (
-        served("serve", f"run={run}", "model.dtype=float32", "sampling.max_new_tokens=40") as address,
-        OpenAI(base_url=f"{address}/v1", api_key="none") as client,
-    ):
-        assert [say(client, question) for question in QUESTIONS] == answers
