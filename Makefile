@@ -64,7 +64,7 @@ test-faults: $(VENV)/installed ## kill, damage, fill and cut off real runs (docs
 	$(BIN)/python -m pytest -m faults -s
 
 audit: $(VENV)/installed ## look for known vulnerabilities in the pinned packages, and for secrets in the files
-	$(BIN)/pip-audit --requirement requirements.lock --no-deps --disable-pip
+	$(BIN)/pip-audit --strict --requirement requirements.lock --no-deps --disable-pip
 	$(BIN)/detect-secrets-hook $$(git ls-files)
 
 format: $(VENV)/installed ## format the code

@@ -11,7 +11,7 @@ from fitness_dpo import runs
 from fitness_dpo.config import TrainConfig
 from fitness_dpo.weights import EMBEDDED_PREFIX
 
-EMBEDDED_BASE, EMBEDDED_LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
+EMBEDDED_BASE, EMBEDDED_LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"  # pragma: allowlist secret
 UNKNOWN_LICENSE = "other"
 
 
