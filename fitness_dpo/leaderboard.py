@@ -112,7 +112,7 @@ def run_figures(run: Path) -> Figures:
     )
 
 
-NOT_MEASURED = Figures(**dict.fromkeys(Figures._fields) | {"rows": 0})
+NOT_MEASURED = Figures(**{name: 0 if name == "rows" else None for name in Figures._fields})  # type: ignore[arg-type]
 
 
 def read_json(file: Path) -> Any:

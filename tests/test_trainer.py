@@ -40,7 +40,7 @@ def test_training_starts_at_the_reference(tiny: Tiny, pairs_file: Path, tmp_path
 def test_rewards_are_beta_times_the_change_in_log_probability(tiny: Tiny, pairs_file: Path, tmp_path: Path) -> None:
     config, policy = tiny(f"data.path={pairs_file}", "dpo.beta=0.3", "dpo.learning_rate=0.05", "dpo.warmup_ratio=0")
     trainer = build_trainer(config, policy, load_preferences(config.data).splits, tmp_path, [])
-    rows = list(trainer.eval_dataset)
+    rows = list(trainer.eval_dataset or [])
     policy.model.eval()
     before = [[logps(policy, row, side) for side in ("chosen", "rejected")] for row in rows]
     trainer.train()
@@ -66,7 +66,7 @@ def test_a_saved_adapter_gives_back_the_trained_model(tiny: Tiny, pairs_file: Pa
     trainer = build_trainer(config, policy, load_preferences(config.data).splits, tmp_path, [])
     trainer.train()
     policy.model.eval()
-    row = trainer.eval_dataset[0]
+    (row, *_) = list(trainer.eval_dataset or [])
     trained = logps(policy, row, "chosen")
     save_adapter(policy, config.model.name, tmp_path / "adapter")
     again = load_trained(tmp_path, config.model)
