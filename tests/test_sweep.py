@@ -353,25 +353,32 @@ def grid(pairs_file: Path) -> list[str]:
 def test_two_at_once_and_ray_give_the_numbers_of_one_after_another(pairs_file: Path, tmp_path: Path) -> None:
     """Ray on a cluster of its own, with two GPUs that only Ray believes in."""
     pytest.importorskip("ray")
-    words = [*QUIET, "dpo.beta=0.05,0.1,0.3", f"data.path={pairs_file}"]
+    words = [
+        *QUIET, "dpo.beta=0.05,0.1,0.3", "dpo.warmup_ratio=0", "dpo.learning_rate=1e-3", "dpo.max_steps=4", f"data.path={pairs_file}",
+    ]  # fmt: skip
     alone = tmp_path / "alone"
     done = run_verb("train", "-m", *words, f"hydra.sweep.dir={alone}", cwd=tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
+    expected = [losses(alone, job) for job in range(3)]
+    assert len({loss for each in expected for loss in each[1:]}) == 9, "every step of every beta has a loss of its own"
     twice = tmp_path / "twice"
     done = run_verb(
         "train", "-m", *words, "sweep.at_once=2", f"hydra.sweep.dir={twice}", cwd=tmp_path, OMP_NUM_THREADS="1"
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [losses(alone, job) for job in range(3)] == [losses(twice, job) for job in range(3)]
+    assert [losses(twice, job) for job in range(3)] == expected
     ray = str(Path(sys.executable).with_name("ray"))
     start = [sys.executable, ray] if Path(ray).is_file() else [sys.executable, "-m", "ray.scripts.scripts"]
     home = tempfile.mkdtemp(prefix="ray")  # a socket's path may have 107 bytes, which pytest's own folders use up
-    head = subprocess.Popen(
-        [*start, "start", "--head", "--port=6390", "--num-cpus=2", "--num-gpus=2", "--include-dashboard=false", "--block",
-         f"--temp-dir={home}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
-    )  # fmt: skip
+    said = tmp_path / "ray.log"
+    with said.open("wb") as output:
+        head = subprocess.Popen(
+            [*start, "start", "--head", "--port=6390", "--num-cpus=2", "--num-gpus=2", "--include-dashboard=false", "--block",
+             f"--temp-dir={home}"], stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+        )  # fmt: skip
     try:
+        wait_for(head, lambda: "Ray runtime started" in said.read_text())
         folder = tmp_path / "cluster"
         arguments = [
             *words, f"hydra.sweep.dir={folder}", "hydra/launcher=ray", "hydra.launcher.address=127.0.0.1:6390", "sweep.at_once=2",
@@ -388,7 +395,7 @@ def test_two_at_once_and_ray_give_the_numbers_of_one_after_another(pairs_file: P
             assert process.returncode == 0, process.communicate()[0]
         assert sum(len(held) for held in leases.values()) == 3
         assert set(leases) == {"0", "1"}
-        assert [losses(alone, job) for job in range(3)] == [losses(folder, job) for job in range(3)]
+        assert [losses(folder, job) for job in range(3)] == expected
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         head.wait(60)
