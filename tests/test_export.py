@@ -150,11 +150,6 @@ def test_a_disk_that_runs_full_is_left_as_it_was(write: Callable[[Path], None], 
     assert not list(small_disk.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_refused(run: Path) -> None:
-    with pytest.raises(InputError, match=r"output=/proc/models/new: no folder can be made there \(No such file"):
-        merge(run, Path("/proc/models/new"))
-
-
 HOSTILE = 'Say "no\\n" to {{ 7 * 7 }} {% endif %} and\n ünïcode 💪'
 
 
