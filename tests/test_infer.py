@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import Popen
@@ -192,7 +191,6 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(talker: Path, tmp_path: Path
     wait_for(lambda text: "> " in text)
     os.write(own, b"Go\n")
     wait_for(lambda text: len(text.rpartition("> Go")[2].strip()) > 0)
-    time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     wait_for(lambda text: "(stopped; /quit leaves)" in text)
     os.write(own, b"/quit\n")
