@@ -33,10 +33,10 @@ infer: $(VENV)/installed ## ask the newest run: make infer Q="How often should I
 	@if [ -n "$$Q" ]; then printf '%s\n' "$$Q" | $(BIN)/python -m fitness_dpo.infer $(ARGS); \
 	else $(BIN)/python -m fitness_dpo.infer $(ARGS); fi
 
-chat: $(VENV)/installed ## open a web page to talk with the newest run: http://127.0.0.1:7860
+chat: $(VENV)/installed ## open a web page to talk with the newest run, on this machine at port 7860
 	$(BIN)/python -m fitness_dpo.chat $(ARGS)
 
-serve: $(VENV)/installed ## serve the newest run over the OpenAI API: http://127.0.0.1:8000/v1
+serve: $(VENV)/installed ## serve the newest run over the OpenAI API, on this machine at port 8000, under /v1
 	$(BIN)/python -m fitness_dpo.serve $(ARGS)
 
 export: $(VENV)/installed ## turn the newest run into a model for other programs (ARGS="format=gguf"; gguf and ollama want make llama)
