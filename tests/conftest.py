@@ -146,16 +146,25 @@ def talker(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A tmpfs at `folder`. Skips where this user may not mount."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("a disk of a few megabytes is a tmpfs here, and mounting one needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 4 MB. Skips where this user may not mount one."""
+    """A disk of 4 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip("mounting a disk needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with mounted(disk, "size=4m"):
+        yield disk
 
 
 @pytest.fixture(scope="module")

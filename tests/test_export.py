@@ -150,6 +150,13 @@ def test_a_disk_that_runs_full_is_left_as_it_was(write: Callable[[Path], None], 
     assert not list(small_disk.iterdir())
 
 
+def test_a_place_that_cannot_be_written_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"output=.*/file/models/new: no folder can be made there \(Not a directory"):
+        merge(run, tmp_path / "file" / "models" / "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
 HOSTILE = 'Say "no\\n" to {{ 7 * 7 }} {% endif %} and\n ünïcode 💪'
 
 

@@ -10,7 +10,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -23,7 +22,7 @@ from safetensors.numpy import load_file
 from fitness_dpo import runs
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.failures import explained
-from tests.conftest import TINY, read_json, run_verb
+from tests.conftest import TINY, mounted, read_json, run_verb
 from tests.preloaded import Child, Trainings, preloaded
 
 pytestmark = pytest.mark.faults
@@ -145,18 +144,6 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(
     line = f"resume outputs/{run.parent.name}/{run.name}/checkpoints/{before.name} ({newest.name} is not whole"
     assert line in " ".join(out.split())
     assert adapter(run) == adapter(whole)
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[None]:
-    """A tmpfs at `folder`. Skips where this user may not mount."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
