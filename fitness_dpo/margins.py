@@ -13,7 +13,9 @@ def each_pair(found: Pairs, inputs: dict[str, Any], *models: Any) -> Iterator[No
     policy's, then, unless `inputs` bring them, the reference's."""
     asked: list[Any] = []
     hooks = [
-        model.register_forward_hook(lambda *call: asked.append(call[-1].log_probs.sum(1))) for model in models if model
+        model.register_forward_hook(lambda *call: asked.append(call[-1].log_probs.sum(1)))
+        for model in models
+        if model is not None
     ]
     try:
         yield

@@ -28,7 +28,6 @@ class Policy(NamedTuple):
 
 def load_policy(config: ModelConfig, lora: LoraConfig, seed: int) -> Policy:
     """The model of `config` with a fresh LoRA adapter, for training. Raises InputError where it cannot be built here."""
-    keep_freed_memory()
     path = locate(config.name, config.revision)
     build = _unsloth_policy if config.backend == "unsloth" else _transformers_policy
     policy = build(config, path, lora, seed)
@@ -214,6 +213,7 @@ def _transformers_policy(config: ModelConfig, path: str, lora: LoraConfig, seed:
 
 def _unsloth_policy(config: ModelConfig, path: str, lora: LoraConfig, seed: int) -> Policy:
     unsloth = import_unsloth()
+    keep_freed_memory()
     if config.load_in_4bit:
         _require_4bit()
     checkpointing = {"unsloth": "unsloth", "true": True, "false": False}[config.gradient_checkpointing]

@@ -150,8 +150,8 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
 
 
 def walk_less(model: Any, trained: list[torch.Tensor]) -> None:
-    """Spare `model` the walks through some thousand modules that transformers' loop takes to set its mode and to forget its
-    gradients at each step: with 8 pairs of Qwen3-0.6B they take as long as the GPU does."""
+    """Spare `model` the walks through some thousand modules that transformers' loop takes at each step to set its mode and to
+    forget its gradients (docs/performance.md)."""
     change = model.train
 
     def train(mode: bool = True) -> Any:
