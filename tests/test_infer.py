@@ -8,7 +8,9 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -178,8 +180,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(talker: Path, tmp_path: Path
         [sys.executable, "-m", "fitness_dpo.infer", f"run={talker}", "sampling.max_new_tokens=700"],
         stdin=terminal, stdout=terminal, stderr=terminal, cwd=tmp_path,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "FITNESS_DPO_CACHE": str(tmp_path), "TERM": "dumb"},
-        start_new_session=True,
-    )  # fmt: skip
+        start_new_session=True, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip  # a shell ignores SIGINT in what it runs in the background, and so would the child
     os.close(terminal)
     seen = ""
 
@@ -191,6 +193,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(talker: Path, tmp_path: Path
     wait_for(lambda text: "> " in text)
     os.write(own, b"Go\n")
     wait_for(lambda text: len(text.rpartition("> Go")[2].strip()) > 0)
+    time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     wait_for(lambda text: "(stopped; /quit leaves)" in text)
     os.write(own, b"/quit\n")
