@@ -1,15 +1,20 @@
 """The held-out pairs one by one, where TRL logs means only."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from fitness_dpo.health import Pairs
+
+Gather = Callable[[Tensor], Tensor]
+"""The values of all processes that train together, in order of rank."""
 
 
 @contextmanager
-def each_pair(found: Pairs, inputs: dict[str, Any], *models: Any) -> Iterator[None]:
-    """Add the pairs of a batch to `found`, from the log-probabilities that TRL asks the `models` for in the meantime: the
+def each_pair(found: Pairs, inputs: dict[str, Any], gather: Gather, *models: Any) -> Iterator[None]:
+    """Add the pairs of every process's batch to `found`, from the log-probabilities that TRL asks the `models` for in the meantime: the
     policy's, then, unless `inputs` bring them, the reference's."""
     asked: list[Any] = []
     hooks = [
@@ -28,6 +33,6 @@ def each_pair(found: Pairs, inputs: dict[str, Any], *models: Any) -> Iterator[No
     else:
         reference = asked[1].chunk(2)
     lengths = inputs["completion_mask"].sum(1).chunk(2)
-    found.before.extend((reference[0] - reference[1]).tolist())
-    found.after.extend((chosen - rejected).tolist())
-    found.length_differences.extend((lengths[0] - lengths[1]).tolist())
+    found.before.extend(gather(reference[0] - reference[1]).tolist())
+    found.after.extend(gather(chosen - rejected).tolist())
+    found.length_differences.extend(gather(lengths[0] - lengths[1]).tolist())

@@ -64,11 +64,13 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         return dataset
 
     def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
-        """The held-out figures; `held_out` has the pairs one by one (of this process's share). Leaves training's random state
-        as it was: a resumed run may skip an evaluation."""
+        """The held-out figures; `held_out` has the pairs one by one, in order. Leaves training's random state as it was: a
+        resumed run may skip an evaluation."""
         self.held_out = Pairs([], [], [])
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             figures: dict[str, float] = super().evaluate(*arguments, **named)
+        rows = len(self.eval_dataset or [])  # several processes fill their last batches up with the first rows again
+        self.held_out = Pairs(*(values[:rows] for values in self.held_out))
         return figures
 
     def _precompute_ref_logps(self, dataset: datasets.Dataset, name: str, batch_size: int) -> datasets.Dataset:
@@ -144,7 +146,7 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         if self.model.training:
             loss = super().compute_loss(model, inputs, *given, **named) * self.share
         else:
-            with each_pair(self.held_out, inputs, self.model, self.ref_model):
+            with each_pair(self.held_out, inputs, self.accelerator.gather, self.model, self.ref_model):
                 loss = super().compute_loss(model, inputs, *given, **named)
         return loss.to(self.args.device)
 

@@ -24,20 +24,25 @@ def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> No
         "dpo.batch_size=2",
         "dpo.logging_steps=1",
         "dpo.learning_rate=1e-3",
-        "dpo.precompute_reference=false",
+        "dpo.warmup_ratio=0",
     ]
-    alone = run_verb("train", *shared, "dpo.gradient_accumulation_steps=2", cwd=tmp_path, OMP_NUM_THREADS="1")
+    words = ["dpo.gradient_accumulation_steps=2", "dpo.precompute_reference=false"]
+    alone = run_verb("train", *shared, *words, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert alone.returncode == 0, alone.stderr
     (one,) = (tmp_path / "outputs").glob("*/*")
     home = tmp_path / "two"
     home.mkdir()
+    cache = home / "cache"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     together = subprocess.run(
         [*launcher, "fitness_dpo.train", *shared, "dpo.gradient_accumulation_steps=1"], cwd=home, capture_output=True,
-        text=True, check=False, timeout=400, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        text=True, check=False, timeout=900,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "FITNESS_DPO_CACHE": str(cache)},
     )  # fmt: skip
     assert together.returncode == 0, together.stderr
     (two,) = (home / "outputs").glob("*/*")
+    assert len(list(cache.glob("reference/*/*.msgpack"))) == 2, "one process computes the reference of each split"
+    assert len(set(losses(one))) == 2
     assert losses(two) == pytest.approx(losses(one), abs=1e-6)
     before, after = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
     assert all(before[name].allclose(after[name], atol=1e-5) for name in before)
@@ -45,6 +50,10 @@ def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> No
         assert read_json(two / "metrics.json")["after"][name] == pytest.approx(
             read_json(one / "metrics.json")["after"][name], abs=1e-6
         )
+    for name, expected in read_json(one / "metrics.json")["held_out_pairs"].items():
+        assert len(expected) == 4
+        assert read_json(two / "metrics.json")["held_out_pairs"][name] == pytest.approx(expected, abs=1e-4)
+    assert (two / "report.html").is_file()
     assert len(list(two.glob("wandb/offline-run-*"))) == 1
     assert len((two / "samples.jsonl").read_text().splitlines()) == 6
     assert together.stdout.count("held-out rewards/accuracies") == 1, "only the first process speaks"
@@ -54,7 +63,7 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     done = subprocess.run(
         [*launcher, "fitness_dpo.train", *TINY, "data.path=nothing.json"], cwd=tmp_path, capture_output=True, text=True,
-        check=False, timeout=400, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        check=False, timeout=900, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode != 0
     assert done.stderr.count("error: data.path=nothing.json") == 1
