@@ -35,14 +35,13 @@ def with_sft(weight: float, loss: str = "sigmoid") -> list[str]:
 CANDIDATES = [
     [f"dpo.learning_rate={rate}", f"dpo.epochs={epochs}", *more]
     for rate, epochs, more in (
-        ("2e-4", 2, WIDE),
-        *((rate, 2, [*WIDE, *with_sft(weight)]) for rate, weight in product(("2e-4", "5e-4"), (0.02, 0.05, 0.1, 0.5))),
-        *((rate, 3, [*WIDE, *with_sft(weight)]) for rate, weight in product(("2e-4", "5e-4"), (0.05, 0.1, 0.2))),
-        ("5e-4", 3, with_sft(0.1)), ("1e-3", 2, with_sft(0.1)),
-        ("5e-4", 3, [*WIDE, *with_sft(0.1), "dpo.beta=0.3"]), ("5e-4", 3, [*WIDE, *with_sft(0.1), "dpo.beta=0.05"]),
-        ("2e-4", 2, [*WIDE, *with_sft(0.1, "apo_zero")]), ("2e-4", 2, [*WIDE, "dpo.loss_type=[apo_zero]"]),
-        ("2e-4", 2, [*WIDE, "dpo.loss_type=[nca_pair]"]),
-        ("5e-4", 2, [*WIDE, *with_sft(0.1, "sigmoid_norm"), "dpo.beta=5"]), ("2e-4", 3, [*WIDE, *with_sft(0.1, "sigmoid_norm"), "dpo.beta=5"]),
+        *(("2e-4", epochs, WIDE) for epochs in (1, 2)),
+        *((rate, 2, [*WIDE, *with_sft(weight)]) for rate, weight in product(("2e-4", "3e-4", "5e-4"), (0.05, 0.1, 0.2))),
+        *((rate, 3, [*WIDE, *with_sft(weight)]) for rate, weight in product(("1e-4", "2e-4"), (0.05, 0.1, 0.2))),
+        *((rate, 2, with_sft(0.1)) for rate in ("3e-4", "5e-4")),
+        *(("2e-4", 2, [*WIDE, *with_sft(0.1), f"dpo.beta={beta}"]) for beta in (0.05, 0.3)),
+        ("2e-4", 2, [*WIDE, *with_sft(0.1, "apo_zero")]), ("2e-4", 2, [*WIDE, *with_sft(0.1, "sigmoid_norm"), "dpo.beta=5"]),
+        ("1e-4", 4, [*WIDE, *with_sft(0.1)]),
     )
 ]  # fmt: skip
 
