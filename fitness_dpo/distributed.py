@@ -61,9 +61,10 @@ def join() -> None:
     import torch.distributed
 
     if not torch.distributed.is_initialized():
-        if torch.cuda.is_available():
+        gpu = torch.cuda.is_available()
+        if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group(timeout=PATIENCE)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
 
 
 def leave() -> None:

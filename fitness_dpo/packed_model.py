@@ -21,6 +21,7 @@ from fitness_dpo.decoder import (
     rms_norm,
     row_layout,
 )  # fmt: skip
+from fitness_dpo.distributed import world_size
 from fitness_dpo.graphs import Recorder
 from fitness_dpo.logprobs import TokenScores, answer_logps, score_chunk
 from fitness_dpo.packing import PACKED, Packed
@@ -73,7 +74,9 @@ class PackedForward:
         self.layer = torch.compile(decoder_layer, fullgraph=True) if compiled else decoder_layer
         self.chunk = torch.compile(score_chunk, fullgraph=True) if compiled else score_chunk
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.records = compiled and flash
+        self.records = (
+            compiled and flash and world_size() == 1
+        )  # DDP ties the gradients to a stream that cannot be recorded
         self.tuned_scores = Recorder(self.score, parameters) if self.records else self.score
         self.model.forward = self
 
