@@ -33,6 +33,7 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
     def __init__(self, config: TrainConfig, *, packed: bool, **given: Any) -> None:
         super().__init__(**given)
         self.config, self.packed, self.share = config, packed, 1.0
+        self.batch_sizes: list[int] = []
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.weights = self.model.num_parameters(exclude_embeddings=True)
         walk_less(self.model, self.trained)
@@ -66,12 +67,18 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
     def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
         """The held-out figures; `held_out` has the pairs one by one, in order. Leaves training's random state as it was: a
         resumed run may skip an evaluation."""
-        self.held_out = Pairs([], [], [])
+        self.held_out, self.batch_sizes = Pairs([], [], []), []
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             figures: dict[str, float] = super().evaluate(*arguments, **named)
         rows = len(self.eval_dataset or [])  # several processes fill their last batches up with the first rows again
         self.held_out = Pairs(*(values[:rows] for values in self.held_out))
         return figures
+
+    def log(self, logs: dict[str, float], *given: Any) -> None:
+        """TRL logs an evaluation's mean over batches, of which the last is smaller; here it is the mean over pairs."""
+        if not self.model.training:
+            weigh_metrics(self._metrics["eval"], [size / sum(self.batch_sizes) for size in self.batch_sizes])
+        super().log(logs, *given)
 
     def _precompute_ref_logps(self, dataset: datasets.Dataset, name: str, batch_size: int) -> datasets.Dataset:
         """`dataset` with the reference's log-probabilities, from the cache where they are known."""
@@ -146,6 +153,7 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         if self.model.training:
             loss = super().compute_loss(model, inputs, *given, **named) * self.share
         else:
+            self.batch_sizes.append(len(inputs["input_ids"]))
             with each_pair(self.held_out, inputs, self.accelerator.gather, self.model, self.ref_model):
                 loss = super().compute_loss(model, inputs, *given, **named)
         return loss.to(self.args.device)

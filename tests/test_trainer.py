@@ -38,7 +38,8 @@ def test_training_starts_at_the_reference(tiny: Tiny, pairs_file: Path, tmp_path
 
 
 def test_rewards_are_beta_times_the_change_in_log_probability(tiny: Tiny, pairs_file: Path, tmp_path: Path) -> None:
-    config, policy = tiny(f"data.path={pairs_file}", "dpo.beta=0.3", "dpo.learning_rate=0.05", "dpo.warmup_ratio=0")
+    recipe = ["dpo.beta=0.3", "dpo.learning_rate=0.05", "dpo.warmup_ratio=0", "dpo.eval_batch_size=3"]
+    config, policy = tiny(f"data.path={pairs_file}", *recipe)
     trainer = build_trainer(config, policy, load_preferences(config.data).splits, tmp_path, [])
     rows = list(trainer.eval_dataset or [])
     policy.model.eval()
@@ -50,7 +51,9 @@ def test_rewards_are_beta_times_the_change_in_log_probability(tiny: Tiny, pairs_
     margins = rewards[:, 0] - rewards[:, 1]
     measured = trainer.evaluate()
     assert margins.abs().mean() > 0.01, "the policy must have moved for this to say anything"
+    assert len(margins) % 3, "the last batch is smaller"
     assert measured["eval_rewards/margins"] == pytest.approx(float(margins.mean()), abs=1e-3)
+    assert measured["eval_rewards/accuracies"] == pytest.approx(float((margins > 0).float().mean()))
     assert measured["eval_loss"] == pytest.approx(float(-torch.nn.functional.logsigmoid(margins).mean()), abs=1e-3)
 
 
