@@ -76,7 +76,7 @@ def child(options: argparse.Namespace) -> None:
     overrides = [
         "model=smollm2_135m", f"model.name={options.model}", f"dpo.batch_size={options.batch}", f"dpo.eval_batch_size={options.batch}",
         "dpo.gradient_accumulation_steps=1", "dpo.logging_steps=1", "dpo.save_steps=100000", f"dpo.max_steps={options.steps}",
-        "model.max_length_tokens=8192", "dpo.warmup_ratio=0", "dpo.learning_rate=1e-5", "logging.wandb.mode=disabled",
+        "model.max_length_tokens=8192", "dpo.warmup_ratio=0", f"dpo.learning_rate={options.learning_rate}", "logging.wandb.mode=disabled",
         f"model.gradient_checkpointing='{options.checkpointing}'", f"model.load_in_4bit={str(options.load_in_4bit).lower()}",
         *SYSTEMS[options.system],
     ]  # fmt: skip
@@ -100,7 +100,7 @@ def child(options: argparse.Namespace) -> None:
 
     if not torch.cuda.is_available() and config.model.backend == "transformers":
         fill_trl_slot()
-    generator = torch.Generator().manual_seed(0)  # the same first weights, whatever built the adapter
+    generator = torch.Generator().manual_seed(options.seed)  # the same first weights, whatever built the adapter
     for name, parameter in sorted(policy.model.named_parameters()):
         if "lora_A" in name:
             fresh = (torch.rand(parameter.shape, generator=generator) * 2 - 1) / math.sqrt(parameter.size(1))
@@ -235,6 +235,8 @@ def main() -> None:
     parser.add_argument("--rows", choices=("synthetic", "embedded"), default="synthetic")
     parser.add_argument("--scale", type=float, default=1.0, help="times the lengths of the synthetic rows")
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0, help="of the first LoRA weights")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--checkpointing", choices=("false", "true", "unsloth"), default="false")
     parser.add_argument("--load-in-4bit", action="store_true")
@@ -269,7 +271,7 @@ def main() -> None:
             for name in names:
                 command = [
                     sys.executable, __file__, "--system", name, "--batch", str(batch), "--model", model, "--rows", options.rows,
-                    "--scale", str(options.scale), "--steps", str(options.steps), "--warmup", str(options.warmup),
+                    "--scale", str(options.scale), "--seed", str(options.seed), "--learning-rate", str(options.learning_rate), "--steps", str(options.steps), "--warmup", str(options.warmup),
                     "--checkpointing", options.checkpointing, *(["--load-in-4bit"] if options.load_in_4bit else []),
                     *(["--strict"] if options.strict else []), *(["--profile"] if options.profile else []),
                 ]  # fmt: skip
@@ -277,7 +279,7 @@ def main() -> None:
                 began = time.perf_counter()
                 done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
                 result: dict[str, Any] = {
-                    "system": name, "batch": batch, "rows": options.rows, "scale": options.scale, "device": options.device,
+                    "system": name, "batch": batch, "rows": options.rows, "scale": options.scale, "seed": options.seed, "device": options.device,
                     "checkpointing": options.checkpointing, "4bit": options.load_in_4bit, "wall_seconds": time.perf_counter() - began,
                 }  # fmt: skip
                 if done.returncode:

@@ -29,10 +29,20 @@ def sweep(folder: Path, *words: str) -> None:
     subprocess.run(command, check=True)
 
 
+def search(folder: Path, trials: int, at_once: int, words: list[str]) -> list[str]:
+    """The settings of the best trial on the validation split."""
+    optuna = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={trials}", f"hydra.sweeper.n_jobs={at_once}"]
+    sweep(folder, *optuna, *SPACE, f"sweep.at_once={at_once}", *words)
+    found = json.loads((folder / "search.json").read_text(encoding="utf-8"))["best"][0]
+    winner = [f"{name}={value}" for name, value in found["settings"].items()]
+    print(f"winner of {trials} trials: {' '.join(winner)}, validation accuracy {found['values'][0]:.3f}")
+    return winner
+
+
 def evaluate(run: Path) -> dict[str, Any]:
     file = run / "evaluation" / "metrics.json"
     if not file.is_file():
-        subprocess.run([sys.executable, "-m", "fitness_dpo.evaluate", f"run={run}", "split=test"], check=True)
+        subprocess.run([sys.executable, "-m", "fitness_dpo.evaluate", f"run={run}"], check=True)
     measured: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return measured
 
@@ -46,19 +56,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--name", default="search", help="folder under outputs/multirun")
+    parser.add_argument(
+        "--winner", default="", help="settings to compare with the default, instead of searching for them"
+    )
     parser.add_argument("words", nargs="*", help="overrides of every run")
     parser.add_argument("--at-once", type=int, default=1)
     options = parser.parse_args()
     home, at_once = HOME / options.name, f"sweep.at_once={options.at_once}"
-    search = [
-        "hydra/sweeper=optuna",
-        f"hydra.sweeper.n_trials={options.trials}",
-        f"hydra.sweeper.n_jobs={options.at_once}",
-    ]
-    sweep(home / "trials", *search, *SPACE, at_once, *options.words)
-    found = json.loads((home / "trials" / "search.json").read_text(encoding="utf-8"))["best"][0]
-    winner = [f"{name}={value}" for name, value in found["settings"].items()]
-    print(f"winner of {options.trials} trials: {' '.join(winner)}, validation accuracy {found['values'][0]:.3f}")
+    winner = options.winner.split() or search(home / "trials", options.trials, options.at_once, options.words)
     sweep(home / "winner", FRESH_SEEDS, *winner, at_once, *options.words)
     sweep(home / "default", FRESH_SEEDS, at_once, *options.words)
     runs = [home / name / str(job) for name in ("winner", "default") for job in range(3)]
