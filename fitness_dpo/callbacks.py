@@ -17,14 +17,16 @@ from fitness_dpo.config import DataConfig, DpoConfig, HealthConfig, Hopeless, Lo
 from fitness_dpo.health import Verdict, judge
 from fitness_dpo.inference import ask, generate
 from fitness_dpo.model import Policy
-from fitness_dpo.tracking import log_samples
+from fitness_dpo.tracking import Tracking
 
 
 class Samples(TrainerCallback):
     """Answers the fixed questions before, during and after training, into samples.jsonl, a wandb table and the console."""
 
-    def __init__(self, policy: Policy, config: LoggingConfig, data: DataConfig, run: Path, console: Console) -> None:
-        self.policy, self.config, self.console = policy, config, console
+    def __init__(
+        self, policy: Policy, config: LoggingConfig, data: DataConfig, run: Path, console: Console, tracking: Tracking
+    ) -> None:
+        self.policy, self.config, self.console, self.tracking = policy, config, console, tracking
         self.file = run / runs.SAMPLES
         self.prompts = [
             ask(question, data.system_prompt, standardised=data.standardise) for question in config.sample_prompts
@@ -34,20 +36,20 @@ class Samples(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == 0 or self.due(state):  # a run stopped on request had no time to answer
-            self.sample(args, state)
+            self.sample(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.due(state) and not (control.should_training_stop and state.global_step < state.max_steps):
-            self.sample(args, state)
+            self.sample(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.sample(args, state)
+        self.sample(state)
 
     def due(self, state: TrainerState) -> bool:
         steps = self.config.sample_steps
         return steps is not None and state.global_step % steps == 0
 
-    def sample(self, args: TrainingArguments, state: TrainerState) -> None:
+    def sample(self, state: TrainerState) -> None:
         if (
             not state.is_world_process_zero
             or not self.prompts
@@ -60,8 +62,7 @@ class Samples(TrainerCallback):
             for prompt, answer in zip(self.config.sample_prompts, answers, strict=True)
         ]
         runs.write_whole(self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
-        if "wandb" in (args.report_to or ()):
-            log_samples(self.rows)
+        self.tracking.log_samples(self.rows)
         for question, answer in zip(self.config.sample_prompts, answers, strict=True):
             self.console.print(f"\n[bold]step {state.global_step}[/] {question}", highlight=False)
             self.console.print(answer, markup=False, highlight=False, style="dim")

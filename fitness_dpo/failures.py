@@ -13,6 +13,7 @@ from fitness_dpo import runs
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.folder import is_full_error
 from fitness_dpo.manifest import is_whole
+from fitness_dpo.memory import mends
 
 FULL_BYTES = 2**20
 
@@ -45,20 +46,5 @@ def explained(config: TrainConfig, run: Path) -> Iterator[None]:
 
 
 def out_of_memory(config: TrainConfig) -> str:
-    """The settings that lower memory and are not at their lowest, the gentlest first."""
-    model, dpo = config.model, config.dpo
-    mends = [
-        (dpo.batch_size > 1, f"dpo.batch_size={dpo.batch_size} (and raise dpo.gradient_accumulation_steps)"),
-        (dpo.eval_batch_size > 1, f"dpo.eval_batch_size={dpo.eval_batch_size}"),
-        (True, f"model.max_length_tokens={model.max_length_tokens}"),
-    ]
-    lower = ", ".join(mend for possible, mend in mends if possible)
-    switches = [
-        (model.gradient_checkpointing == "false", 'model.gradient_checkpointing="true"'),
-        (not model.load_in_4bit, "model.load_in_4bit=true"),
-    ]
-    switch = " or ".join(mend for possible, mend in switches if possible)
     free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
-    return f"out of memory on the GPU ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free): lower {lower}" + (
-        f", or set {switch}" if switch else ""
-    )
+    return f"out of memory on the GPU ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free): {mends(config)}"

@@ -40,11 +40,11 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         for parameter in self.trained:  # TRL rounds them to bfloat16 beside 4-bit weights, where small updates vanish
             parameter.data = parameter.data.float()
         if packed:
-            compiled = compiles(config.dpo.compile, planned_steps(self.args, len(self.train_dataset)))
+            self.compiled = compiles(config.dpo.compile, planned_steps(self.args, len(self.train_dataset)))
             pairs = [*self.train_dataset, *(self.eval_dataset or [])]
             self.longest = max(map(pair_length, pairs))
             forward = PackedForward(
-                self.model, -(-self.longest // 64) * 64, compiled=compiled,
+                self.model, -(-self.longest // 64) * 64, compiled=self.compiled,
                 checkpointing=config.model.gradient_checkpointing != "false",
             )  # fmt: skip
             prefix = common_start(pair["prompt_ids"] for pair in pairs)

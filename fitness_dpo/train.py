@@ -45,8 +45,9 @@ def train(config: TrainConfig, run: Path, console: Console, interruption: Interr
     from fitness_dpo.callbacks import Health, ProgressBar, Samples
     from fitness_dpo.checkpoints import Checkpoints
     from fitness_dpo.failures import explained
+    from fitness_dpo.memory import warn_of_memory
     from fitness_dpo.progress import ProgressFile
-    from fitness_dpo.tracking import wandb_run
+    from fitness_dpo.tracking import Tracking
     from fitness_dpo.trainer import build_trainer
 
     recorded = runs.read_record(run) or runs.provenance(preferences.fingerprints()) | {"wandb_id": uuid.uuid4().hex[:8]}
@@ -56,11 +57,13 @@ def train(config: TrainConfig, run: Path, console: Console, interruption: Interr
         )
     first = distributed.rank() == 0
     with explained(config, run):
-        samples, progress = Samples(policy, config.logging, config.data, run, console), ProgressBar(console)
+        tracking, progress = Tracking(config, run, recorded["wandb_id"]), ProgressBar(console)
+        samples = Samples(policy, config.logging, config.data, run, console, tracking)
         checkpoints = Checkpoints(interruption, run, config.dpo.save_total_limit)
         health = Health(config.health, config.dpo, run, console)
-        callbacks = [health, checkpoints, samples, progress, ProgressFile(run)]
+        callbacks = [tracking, health, checkpoints, samples, progress, ProgressFile(run)]
         trainer = build_trainer(config, policy, preferences.splits, run, callbacks)
+        warn_of_memory(config, trainer)
         if first:
             runs.write_start(run, config, recorded)
         checkpoint = runs.last_checkpoint(run)
@@ -69,7 +72,7 @@ def train(config: TrainConfig, run: Path, console: Console, interruption: Interr
             trainer.args.eval_on_start = config.dpo.eval_steps is not None and owes_evaluation(
                 checkpoint, config.dpo.eval_steps
             )
-        with wandb_run(config, run, recorded["wandb_id"]), checkpoints.saving(trainer):
+        with tracking.opened(), checkpoints.saving(trainer):
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             finally:

@@ -67,10 +67,7 @@ def dpo_arguments(config: TrainConfig, run: Path, dtype: torch.dtype, *, validat
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_num_workers": 2 if torch.cuda.is_available() else 0,  # a GPU computes faster than one core collates
         "dataloader_persistent_workers": torch.cuda.is_available(),
-        "report_to": [
-            *(["wandb"] if logging.wandb.mode != "disabled" else []),
-            *(["tensorboard"] if logging.tensorboard else []),
-        ],
+        "report_to": ["tensorboard"] if logging.tensorboard else [],  # wandb has a callback of its own
         "run_name": logging.wandb.name or "-".join(run.parts[-2:]),
     }
 

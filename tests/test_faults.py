@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import PIPE
 from threading import Thread
 from typing import Any
 
@@ -204,6 +205,8 @@ class Wandb(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.server.fault == "hangs":
+            time.sleep(3600)
         project = {"id": "2", "name": "p", "entity": {"id": "3", "name": "me"}}
         bucket = {"id": "1", "name": "r", "displayName": "r", "description": "", "config": "{}", "sweepName": "",
                   "historyLineCount": 0, "project": project}  # fmt: skip
@@ -212,10 +215,16 @@ class Wandb(BaseHTTPRequestHandler):
                        "teams": {"edges": []}},
             "serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None, "features": []},
             "model": {"bucket": None}, "upsertBucket": {"inserted": True, "bucket": bucket},
+            "project": {"__typename": "Project", "artifact": None}, "createArtifact": {"artifact": {
+                "id": "4", "state": "COMMITTED", "digest": "", "artifactSequence": {"id": "5", "latestArtifact": None}}},
             "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []},
         }  # fmt: skip
+        if self.server.fault == "forgets":
+            answers = {}
         content = json.dumps({"data": answers} if "graphql" in self.path else {}).encode()
-        self.send_response(200)
+        if self.server.fault == "babbles":
+            content = b'{"data": {"model'
+        self.send_response(500 if self.server.fault == "fails" else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -246,24 +255,34 @@ def test_a_wandb_server_that_does_not_answer_stops_nothing(
     assert adapter(run) == adapter(whole)
 
 
-def test_a_wandb_server_that_vanishes_stops_nothing(
-    trainings: Trainings, whole: Path, pairs_file: Path, tmp_path: Path
+@pytest.mark.parametrize("fault", ["vanishes", "hangs", "fails", "babbles", "forgets"])
+def test_a_wandb_server_that_fails_in_mid_run_stops_nothing(
+    fault: str, whole: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
+    """Sample tables are logged before, at and after the step at which the server goes wrong. To wandb an answer that is no JSON is
+    an answer. Not forked: wandb's temporary folder belongs to the process that imports it."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Wandb)
+    server.fault = ""
     Thread(target=server.serve_forever, daemon=True).start()
-    child = trainings.start(
-        *SHORT,
-        f"data.path={pairs_file}",
-        "logging.wandb.mode=online",
-        "logging.sample_prompts=[]",
-        cwd=tmp_path,
-        **online(server.server_port),
-    )
-    child.wait_for("step 2/")
-    server.shutdown()
-    server.server_close()
-    ended(child)
-    assert adapter(the_run(tmp_path)) == adapter(whole)
+    arguments = [*SHORT, f"data.path={pairs_file}", "logging.wandb.mode=online"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | online(server.server_port)
+    command = [sys.executable, "-m", "fitness_dpo.train", *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert any(line.startswith("step 2/") for line in child.stdout), child.communicate()
+        began = time.monotonic()
+        server.fault = fault
+        if fault == "vanishes":
+            server.shutdown()
+            server.server_close()
+        out, err = child.communicate(timeout=600)
+    print(f"wandb server {fault}: {time.monotonic() - began:.0f} s to the end of the run; {err}")  # noqa: T201
+    assert child.returncode == 0, out + err
+    lines = [line for line in err.splitlines() if line.startswith("wandb: ")]
+    assert len(lines) == (fault != "babbles"), err
+    assert all("training goes on without it" in line for line in lines)
+    run = the_run(tmp_path)
+    assert adapter(run) == adapter(whole)
 
 
 def test_out_of_memory_names_what_to_lower(compose_train: Callable[..., TrainConfig], tmp_path: Path) -> None:
