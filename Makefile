@@ -41,6 +41,7 @@ serve: $(VENV)/installed ## serve the newest run over the OpenAI API, on this ma
 
 export: $(VENV)/installed ## turn the newest run into a model for other programs (ARGS="format=gguf"; gguf and ollama want make llama)
 	$(BIN)/python -m fitness_dpo.export $(ARGS)
+
 report: $(VENV)/installed ## write the newest run's report.html, print its path and open it where there is a desktop (ARGS="run=...")
 	@page=$$($(BIN)/python -m fitness_dpo.report $(ARGS)) && echo "$$page" && \
 	if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] && command -v xdg-open >/dev/null; then xdg-open "$$page"; fi
