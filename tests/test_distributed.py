@@ -48,7 +48,7 @@ def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> No
     assert all(before[name].allclose(after[name], atol=1e-5) for name in before)
     for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"):
         assert read_json(two / "metrics.json")["after"][name] == pytest.approx(
-            read_json(one / "metrics.json")["after"][name], abs=1e-6
+            read_json(one / "metrics.json")["after"][name], abs=1e-5
         )
     for name, expected in read_json(one / "metrics.json")["held_out_pairs"].items():
         assert len(expected) == 4

@@ -1,5 +1,6 @@
 """Runs that are stopped: by a signal or a time limit, and then resumed to the numbers of a run that was not."""
 
+import json
 import re
 import signal
 import time
@@ -101,15 +102,16 @@ def test_a_time_limit_saves_and_says_how_to_go_on(
 
 
 @pytest.mark.slow
-def test_a_step_that_takes_too_long_is_left(trainings: Trainings, pairs_file: Path, tmp_path: Path) -> None:
+def test_a_step_that_takes_too_long_is_left(trainings: Trainings, tmp_path: Path) -> None:
     """A step of thousands of forward passes: a signal leaves it for the last checkpoint, a second Ctrl-C at once."""
-    endless = [
-        *LONG,
-        f"data.path={pairs_file}",
-        "dpo.epochs=9999",
-        "dpo.gradient_accumulation_steps=49995",
-        "dpo.eval_steps=null",
+    rows = [
+        {"question": f"What is exercise {n}?", "chosen": f"Number {n}.", "rejected": f"Not {n}."} for n in range(6000)
     ]
+    (tmp_path / "many.json").write_text(json.dumps(rows))
+    endless = [
+        *LONG, "data.path=many.json", "data.duplicates=keep", "dpo.batch_size=1", "dpo.gradient_accumulation_steps=6000",
+        "dpo.eval_steps=null", "dpo.precompute_reference=false", "data.max_validation_rows=4",
+    ]  # fmt: skip
     runs = [trainings.start(*endless, cwd=tmp_path) for _ in range(2)]
     for run in runs:
         run.wait_for("step 0")
@@ -119,7 +121,7 @@ def test_a_step_that_takes_too_long_is_left(trainings: Trainings, pairs_file: Pa
     time.sleep(1.2)
     runs[1].send(signal.SIGINT)
     asked = time.monotonic()
-    assert runs[1].status() == 130
+    assert runs[1].status() == 130, runs[1].err
     assert time.monotonic() - asked < 2
     assert runs[1].err == "stopped at once\n"
     assert runs[0].status() == 130
