@@ -56,7 +56,7 @@ def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> No
     assert (two / "report.html").is_file()
     assert len(list(two.glob("wandb/offline-run-*"))) == 1
     assert len((two / "samples.jsonl").read_text().splitlines()) == 6
-    assert together.stdout.count("held-out rewards/accuracies") == 1, "only the first process speaks"
+    assert together.stdout.count("held-out accuracy") == 1, "only the first process speaks"
 
 
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
