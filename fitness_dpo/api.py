@@ -73,8 +73,7 @@ class ChatHandler(ChatCompletionHandler):
         drawn: GenerationConfig = generation_config(self.policy, sampling)
         if body.get("stop") is not None:
             drawn.stop_strings = body["stop"]
-        if body.get("seed") is not None:
-            set_torch_seed(sampling.seed)
+        self.manager.submit(set_torch_seed, sampling.seed)  # in the thread that draws, just before this answer
         arguments = (request_id, self.policy.model, self.policy.tokenizer, self.config.name, inputs, drawn)
         if body.get("stream"):
             return self._streaming(*arguments, gen_manager=self.manager)
@@ -84,11 +83,9 @@ class ChatHandler(ChatCompletionHandler):
         """The conversation a request brings, behind the run's system prompt where it brings none, cleaned as in training."""
         if not isinstance(sent, list) or not sent or not all(isinstance(message, dict) for message in sent):
             raise InputError("messages: send at least one message")
-        stranger = next((message.get("role") for message in sent if message.get("role") not in ROLES), None)
-        if stranger is not None or sent[-1]["role"] != "user":
-            raise InputError(
-                f"messages: role {stranger or sent[-1]['role']}; send {', '.join(ROLES)}, a user's message last"
-            )
+        roles = [message.get("role") for message in sent]
+        if not ROLES.keys() >= set(roles) or roles[-1] != "user":
+            raise InputError(f"messages: roles {roles}; send {', '.join(ROLES)}, a user's message last")
         texts = self.get_processor_inputs_from_messages(sent, Modality.LLM)
         *before, question = [{"role": ROLES[text["role"]], "content": str(text["content"])} for text in texts]
         has_system = bool(before) and before[0]["role"] == "system"
@@ -105,11 +102,19 @@ class ChatHandler(ChatCompletionHandler):
 
 def requested_sampling(body: dict[str, Any], sampling: SamplingConfig) -> SamplingConfig:
     """`sampling` with what a request says about temperature, top_p, seed and length. Temperature 0 is greedy."""
-    asked: dict[str, Any] = {key: body[key] for key in ("top_p", "seed") if body.get(key) is not None}
-    longest = body.get("max_completion_tokens") or body.get("max_tokens")
+
+    def number(*keys: str) -> Any:
+        key = next((key for key in keys if body.get(key) is not None), keys[0])
+        value = body.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InputError(f"{key}={value!r}: send a number")
+        return value
+
+    asked: dict[str, Any] = {key: number(key) for key in ("top_p", "seed") if number(key) is not None}
+    longest = number("max_completion_tokens", "max_tokens")
     if longest is not None:
         asked["max_new_tokens"] = int(longest)
-    temperature = body.get("temperature")
+    temperature = number("temperature")
     if temperature is not None:
         asked |= {"do_sample": temperature > 0} | ({"temperature": float(temperature)} if temperature > 0 else {})
     return replace(sampling, **asked)

@@ -32,6 +32,8 @@ class Bot(NamedTuple):
 def find(config: BotConfig) -> Bot:
     """The bot of these settings. Imports no torch; raises InputError for a run that is missing or unfinished."""
     if config.model.name is not None:
+        mend = f"model.name={config.model.name} answers without a run; leave one of them out"
+        require(config.run == "latest", "run", config.run, mend)
         return Bot(override(UNTUNED, config.model), None, config.system_prompt, standardised=True)
     run = runs.finished_run(config.run)
     trained = runs.load_config(run, TrainConfig)

@@ -110,9 +110,9 @@ def question_rows(name: str, content: bytes) -> Iterable[tuple[Place, Any]]:
     """The rows of a file; plain text (`.txt`) has one question on a line, a table may have but one column."""
     header, _, rest = content.partition(b"\n")
     if name.endswith(".txt"):
-        lines = enumerate(content.decode("utf-8-sig").splitlines(), 1)
+        lines = enumerate(content.decode("utf-8-sig").split("\n"), 1)
         return [(Place(name, f"line {number}"), line) for number, line in lines if line.strip()]
-    if plain_key(header.decode("utf-8-sig")) in COLUMNS:
+    if plain_key(header.decode("utf-8-sig", errors="replace")) in COLUMNS:
         rows = csv.reader(io.StringIO(rest.decode(), newline=""))
         return [(Place(name, f"line {rows.line_num + 1}"), cell(name, rows.line_num + 1, row)) for row in rows if row]
     return parse_rows(name, content)
@@ -145,7 +145,7 @@ def answered(output: Path, questions: list[Question], name: str) -> tuple[int, i
         raise InputError(f"output={output}: there is no folder {output.parent}; make it first")
     content = output.read_bytes() if output.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
-    lines = whole.decode(errors="replace").splitlines()
+    lines = whole.decode(errors="replace").split("\n")[:-1]
     mend = "name another output"
     if len(lines) > len(questions):
         raise InputError(f"output={output}: holds {len(lines)} answers, the input asks {len(questions)}; {mend}")

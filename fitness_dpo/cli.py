@@ -24,6 +24,7 @@ from fitness_dpo.gpus import gpu_count
 from fitness_dpo.interruption import Stopped
 
 RESOLVING = "InputError raised while resolving interpolation: "
+OUT_OF_MEMORY = "out of memory on the GPU: lower batch_size or model.max_length_tokens, set model.load_in_4bit=true, or free the GPU"
 TEXT_KEYS = ("prompt", "system_prompt", "data.system_prompt")
 
 
@@ -121,6 +122,11 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], int | None])
         except (config.InputError, OmegaConfBaseException) as error:
             mistakes.append(error)
             status = getattr(error, "status", 2)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported here
+                raise
+            mistakes.append(config.Fault(OUT_OF_MEMORY))
+            status = 2
         finally:
             if runs.OUTPUTS.resolve() in folder.resolve().parents:
                 with contextlib.suppress(OSError):  # leave no empty run folder behind; one that holds something stays
@@ -137,8 +143,9 @@ def verb(config_name: str, schema: type, run: Callable[[Any, Path], int | None])
         status = 2
     except KeyboardInterrupt as stopped:
         sys.exit(stopped.status if isinstance(stopped, Stopped) else 130)
-    for mistake in mistakes if distributed.rank() == 0 else ():
-        print(f"error: {one_line(mistake)}", file=sys.stderr)  # noqa: T201
+    for mistake in mistakes:
+        if distributed.rank() == 0 or isinstance(mistake, config.Fault):
+            print(f"error: {one_line(mistake)}", file=sys.stderr)  # noqa: T201
     if mistakes and os.environ.get("FITNESS_DPO_TRACEBACK") == "1":
         raise mistakes[0]
     sys.exit(status)

@@ -80,6 +80,18 @@ def other_run(config: EvaluateConfig, trained: TrainConfig) -> Path | None:
     return against
 
 
+def check_rows(target: Target, split: str, rows: dict[str, str]) -> None:
+    """Raise InputError where a run may have been trained on rows that it would be measured on: its own have changed since, or the
+    one it is compared with held out others."""
+    for key, run, splits in (("run", target.run, list(rows)), ("against", target.against, [split])):
+        known = (runs.read_record(run) or {}).get("dataset") if run else None
+        if known and any(known[name] != rows[name] for name in splits):
+            raise InputError(
+                f"{key}={run}: trained on other rows than data.path={target.data.path} has now, which may be among those it is measured on; "
+                "put the rows back, or train again"
+            )
+
+
 def check_adapter(run: Path, base: str) -> None:
     """Raise InputError unless the run has an adapter, made for the model `base`."""
     adapter = run / runs.ADAPTER
@@ -161,6 +173,7 @@ def main(config: EvaluateConfig, _: Path) -> int:
             f"split={config.split}: the run's rows leave none for it (data.{config.split}_size={getattr(target.data, f'{config.split}_size')}); "
             "train with a larger one, or take the other split"
         )
+    check_rows(target, config.split, preferences.fingerprints())
     locate(target.model.name, target.model.revision)
     judge = None
     if config.judge.url is not None:

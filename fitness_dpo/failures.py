@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from fitness_dpo import runs
-from fitness_dpo.config import InputError, TrainConfig
+from fitness_dpo.config import Fault, InputError, TrainConfig
 from fitness_dpo.folder import is_full_error
 from fitness_dpo.manifest import is_whole
 from fitness_dpo.memory import mends
@@ -24,7 +24,7 @@ def explained(config: TrainConfig, run: Path) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise InputError(out_of_memory(config)) from error
+        raise Fault(out_of_memory(config)) from error
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{run / runs.CHECKPOINTS}: the newest checkpoint holds a pickle of something other than tensors, which could run code; "
@@ -42,7 +42,7 @@ def explained(config: TrainConfig, run: Path) -> Iterator[None]:
             if step
             else "then start again"
         )
-        raise InputError(f"{run}: no space is left on this disk; make room, {kept}") from error
+        raise Fault(f"{run}: no space is left on this disk; make room, {kept}") from error
 
 
 def out_of_memory(config: TrainConfig) -> str:

@@ -100,7 +100,8 @@ def displacement(train: Logs, held_out: dict[str, Any] | None, health: HealthCon
 
 def saturation(train: Logs, health: HealthConfig, dpo: DpoConfig, steps: int) -> Verdict:
     """Whether the steps go on after the pairs are told apart and nothing pulls any more."""
-    first = next(entry["grad_norm"] for entry in train if entry["grad_norm"] > 0)
+    norms = (entry["grad_norm"] for entry in train)  # the first ones may be infinite while float16 finds its scale
+    first = next((norm for norm in norms if 0 < norm < math.inf), 1.0)
     windows = [train[end - health.window : end] for end in range(health.window, len(train) + 1)]
     share, since = 1.0, train[-1]["step"]
     for window in reversed(windows):

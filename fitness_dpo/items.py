@@ -23,10 +23,10 @@ class Items:
         if recorded_settings(folder) != settings:
             self.file.unlink(missing_ok=True)
             write_whole(folder / SETTINGS, json.dumps(settings, indent=1))
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.is_file() else []
-        whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
-        if whole != lines:
-            write_whole(self.file, "".join(whole))
+        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
+        *whole, rest = text.split("\n")  # not splitlines, which also cuts at characters that an answer may hold
+        if rest:  # a line that was cut off
+            write_whole(self.file, text.removesuffix(rest))
         for line in whole:
             self._keep(json.loads(line))
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from omegaconf import OmegaConf
+
 from fitness_dpo import runs
 from fitness_dpo.config import Hopeless
 from fitness_dpo.gpus import gpu_names
@@ -89,7 +91,11 @@ def kernel_kills() -> int:
 def command(folder: Path) -> list[str]:
     """What runs, or goes on with, the training whose config.yaml lies in `folder`."""
     quoted = str(folder.resolve()).replace('"', '\\"')
-    return [sys.executable, "-m", "fitness_dpo.train", f'resume="{quoted}"']
+    minutes = OmegaConf.select(
+        OmegaConf.load(folder / runs.CONFIG), "max_minutes"
+    )  # of a command, so not resumed with the rest
+    limit = [] if minutes is None else [f"max_minutes={minutes}"]
+    return [sys.executable, "-m", "fitness_dpo.train", f'resume="{quoted}"', *limit]
 
 
 def spawn(folder: Path, environment: dict[str, str], lock: int | None = None) -> subprocess.Popen[bytes]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fitness_dpo.config import TrainConfig
+from fitness_dpo.distributed import rank
 from fitness_dpo.logprobs import CHUNK_LOGITS, CHUNK_TOKENS
 from fitness_dpo.packed_model import KNOWN_MODELS
 from fitness_dpo.packing import bucket
@@ -76,7 +77,7 @@ def most_tokens(pairs: list[Any], batch_size: int, budget: int | None, *, packed
 def warn_of_memory(config: TrainConfig, trainer: PreferenceTrainer) -> None:
     """One line where a step of the longest rows is likely to run out of GPU memory. Says nothing of models it does not know."""
     model = trainer.model
-    if not torch.cuda.is_available() or model.config.model_type not in KNOWN_MODELS:
+    if rank() > 0 or not torch.cuda.is_available() or model.config.model_type not in KNOWN_MODELS:
         return
     tokens = most_tokens(
         list(trainer.train_dataset), config.dpo.batch_size, config.dpo.micro_batch_tokens, packed=trainer.packed
@@ -108,7 +109,7 @@ def mends(config: TrainConfig) -> str:
         (True, f"model.max_length_tokens={model.max_length_tokens}"),
     ]
     switches = [
-        (dpo.micro_batch_tokens is None, f"dpo.micro_batch_tokens={4 * model.max_length_tokens}"),
+        (dpo.micro_batch_tokens is None and dpo.batch_size > 1, f"dpo.micro_batch_tokens={model.max_length_tokens}"),
         (model.gradient_checkpointing == "false", 'model.gradient_checkpointing="true"'),
         (not model.load_in_4bit, "model.load_in_4bit=true"),
     ]

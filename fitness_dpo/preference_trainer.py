@@ -71,7 +71,8 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             figures: dict[str, float] = super().evaluate(*arguments, **named)
         rows = len(self.eval_dataset or [])  # several processes fill their last batches up with the first rows again
-        self.held_out = Pairs(*(values[:rows] for values in self.held_out))
+        before, after, length_differences = self.held_out
+        self.held_out = Pairs(before[:rows], after[:rows], length_differences[:rows])
         return figures
 
     def log(self, logs: dict[str, float], *given: Any) -> None:

@@ -1,5 +1,6 @@
 """The run folder: where it is, what was recorded in it, which one is the newest. Imports no torch."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -7,6 +8,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,6 +83,23 @@ def interrupted_run(name: str) -> Path:
     if (run / METRICS).is_file():
         raise InputError(f"resume={name}: that run is finished; start a new one without resume")
     return run
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Let no other process train into the run's folder meanwhile. Raises InputError where one does."""
+    if rank() > 0:
+        yield
+        return
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"resume={run}: that run is training still; wait for its end, or stop it first") from None
+    else:
+        yield
+    finally:
+        os.close(handle)
 
 
 def run_folder(resume: str | None) -> Path:

@@ -93,13 +93,15 @@ def distribution(override: Override) -> "optuna.distributions.BaseDistribution":
         low, high = sweep.start, sweep.end
         if low is None or high is None or not low < high:
             raise InputError(f"{override.input_line}: an interval goes from a number to a higher one")
+        if "log" in sweep.tags and low <= 0:
+            raise InputError(f"{override.input_line}: a logarithmic interval begins above 0")
         if isinstance(low, int) and isinstance(high, int):
             return IntDistribution(low, high, log="log" in sweep.tags)
         return FloatDistribution(low, high, log="log" in sweep.tags)
     if isinstance(sweep, RangeSweep) and not sweep.shuffle:
         values: list[Any] = list(sweep.range())
         kind: Any = IntDistribution if all(isinstance(value, int) for value in values) else FloatDistribution
-        drawn: BaseDistribution = kind(values[0], values[-1], step=sweep.step)
+        drawn: BaseDistribution = kind(min(values), max(values), step=abs(sweep.step))
         return drawn
     return CategoricalDistribution(list(override.sweep_string_iterator()))
 

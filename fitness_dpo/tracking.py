@@ -39,7 +39,7 @@ class Tracking(TrainerCallback):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         logging.getLogger("wandb").setLevel(logging.ERROR)
         import wandb
-        from transformers.integrations import WandbCallback
+        from transformers.integrations.integration_utils import WandbCallback
 
         try:
             tracked = start(self.config, self.run, self.run_id, self.config.logging.wandb.mode)
@@ -69,7 +69,7 @@ class Tracking(TrainerCallback):
             self.open = False
             reason = str(error).partition("\n")[0] or type(error).__name__
             say(
-                f"{reason}; training goes on without it, what was recorded until here: wandb sync {self.run}/wandb/run-*"
+                f"{reason}; training goes on without it, what was recorded until here: wandb sync {self.run}/wandb/*run-*"
             )
 
     def on_train_begin(

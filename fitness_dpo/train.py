@@ -69,8 +69,8 @@ def train(config: TrainConfig, run: Path, console: Console, interruption: Interr
         checkpoint = runs.last_checkpoint(run)
         if checkpoint is not None:
             console.print(resuming(run, checkpoint), highlight=False)
-            trainer.args.eval_on_start = config.dpo.eval_steps is not None and owes_evaluation(
-                checkpoint, config.dpo.eval_steps
+            trainer.args.eval_on_start = trainer.args.eval_strategy == "steps" and owes_evaluation(
+                checkpoint, trainer.args.eval_steps
             )
         with tracking.opened(), checkpoints.saving(trainer):
             try:
@@ -185,7 +185,7 @@ def main(config: TrainConfig, run: Path) -> None:
     lone = next((word for word in given if word.startswith("sweep.")), None)
     if lone is not None:
         raise InputError(f"{lone}: this is one run; add -m to make it a sweep")
-    with Interruption(config.max_minutes).watching() as interruption:
+    with Interruption(config.max_minutes).watching() as interruption, runs.held(run):
         if config.resume is not None:
             settings = runs.resumed_settings(run, OmegaConf.structured(config), given, config.allow_changes)
             config = runs.to_settings(run, settings, TrainConfig)

@@ -2,7 +2,7 @@
 
     python scripts/search.py --trials 20 -- model=smollm2_135m
 
-Prints the table of docs/sweeps.md. Run again with the same words, it goes on where it stopped.
+Prints a table of both. Run again with the same words, it goes on where it stopped.
 """
 
 import argparse

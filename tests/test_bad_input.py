@@ -89,6 +89,8 @@ def test_infer_without_a_run_or_a_question(tmp_path: Path) -> None:
     assert "no config.yaml there" in one_line("infer", "prompt=Hello", "run=nowhere", cwd=tmp_path)
     assert "there is no question" in one_line("infer", cwd=tmp_path)
     assert "there is no question" in one_line("infer", "prompt= ", cwd=tmp_path)
+    both = ["prompt=Hello", "run=nowhere", "model.name=embedded:tiny"]
+    assert "answers without a run; leave one of them out" in one_line("infer", *both, cwd=tmp_path)
 
 
 def test_infer_with_an_adapter_that_is_missing_or_does_not_fit(trained: Path, tmp_path: Path) -> None:

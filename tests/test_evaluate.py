@@ -241,6 +241,10 @@ def edit(file: Path, old: str, new: str) -> None:
             "made for embedded:tiny, and the run names model.name=embedded:smollm2-135m-instruct",
         ),
         (lambda run: edit(run / "config.yaml", "test_size: 2", "test_size: 0"), [], "leave none for it (data.test_size=0"),
+        (
+            lambda run: edit(run / "versions.json", '"train": "', '"train": "f'), [],
+            "trained on other rows than data.path=",
+        ),
         (None, ["judge.url=http://127.0.0.1:9/v1"], "nothing answers there; start the server, or correct the address"),
         (None, ["quiz=quiz.json"], "quiz.json q1: 'answer' is 2, and there are options 0 to 1"),
         (None, ["quiz=keys.json"], "keys.json row 1: needs 'options' of type list (it has question, choices, answer)"),
@@ -269,6 +273,14 @@ def test_what_cannot_be_evaluated_is_one_line(
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
     assert not (run / "evaluation").exists()
+
+
+def test_another_run_that_held_out_other_rows_is_refused(trained: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(trained, other, ignore=shutil.ignore_patterns("wandb", "checkpoints"))
+    edit(other / "versions.json", '"test": "', '"test": "f')
+    with pytest.raises(InputError, match=f"against={other}: trained on other rows"):
+        evaluate(tmp_path, f"run={trained}", f"against={other}")
 
 
 def test_another_run_on_another_base_is_refused(trained: Path, evaluate: Evaluate, tmp_path: Path) -> None:

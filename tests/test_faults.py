@@ -200,12 +200,14 @@ def test_two_processes_that_convert_the_embedded_model_share_one(tmp_path: Path)
 class Wandb(BaseHTTPRequestHandler):
     """As much of a wandb server as a run needs to be online."""
 
+    fault = ""
+
     def log_message(self, *_: object) -> None:
         """The test's output stays its own."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.server.fault == "hangs":
+        if self.fault == "hangs":
             time.sleep(3600)
         project = {"id": "2", "name": "p", "entity": {"id": "3", "name": "me"}}
         bucket = {"id": "1", "name": "r", "displayName": "r", "description": "", "config": "{}", "sweepName": "",
@@ -219,12 +221,12 @@ class Wandb(BaseHTTPRequestHandler):
                 "id": "4", "state": "COMMITTED", "digest": "", "artifactSequence": {"id": "5", "latestArtifact": None}}},
             "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []},
         }  # fmt: skip
-        if self.server.fault == "forgets":
+        if self.fault == "forgets":
             answers = {}
         content = json.dumps({"data": answers} if "graphql" in self.path else {}).encode()
-        if self.server.fault == "babbles":
+        if self.fault == "babbles":
             content = b'{"data": {"model'
-        self.send_response(500 if self.server.fault == "fails" else 200)
+        self.send_response(500 if self.fault == "fails" else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -257,12 +259,12 @@ def test_a_wandb_server_that_does_not_answer_stops_nothing(
 
 @pytest.mark.parametrize("fault", ["vanishes", "hangs", "fails", "babbles", "forgets"])
 def test_a_wandb_server_that_fails_in_mid_run_stops_nothing(
-    fault: str, whole: Path, pairs_file: Path, tmp_path: Path
+    fault: str, whole: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sample tables are logged before, at and after the step at which the server goes wrong. To wandb an answer that is no JSON is
     an answer. Not forked: wandb's temporary folder belongs to the process that imports it."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Wandb)
-    server.fault = ""
+    monkeypatch.setattr(Wandb, "fault", "")
     Thread(target=server.serve_forever, daemon=True).start()
     arguments = [*SHORT, f"data.path={pairs_file}", "logging.wandb.mode=online"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | online(server.server_port)
@@ -271,7 +273,7 @@ def test_a_wandb_server_that_fails_in_mid_run_stops_nothing(
         assert child.stdout is not None
         assert any(line.startswith("step 2/") for line in child.stdout), child.communicate()
         began = time.monotonic()
-        server.fault = fault
+        monkeypatch.setattr(Wandb, "fault", fault)
         if fault == "vanishes":
             server.shutdown()
             server.server_close()

@@ -194,3 +194,14 @@ def test_one_bad_gradient_is_no_explosion(tiny: Tiny) -> None:
     for end in range(1, 6):
         (only,) = judge(history[:end], config.health, config.dpo, 5)
         assert not only.sick, only.line
+
+
+def test_a_first_gradient_that_overflowed_is_no_measure_of_saturation(tiny: Tiny) -> None:
+    config, _ = tiny()
+    history = [
+        {"loss": 0.1, "grad_norm": norm, "step": step, "rewards/accuracies": 1.0, "rewards/margins": 2.0, "rewards/chosen": 1.0,
+         "logps/chosen": -9.0}
+        for step, norm in enumerate([math.inf, *[1.0] * 39], 1)
+    ]  # fmt: skip
+    verdicts = {verdict.name: verdict for verdict in judge(history, config.health, config.dpo, 40)}
+    assert not verdicts["saturation"].sick, verdicts["saturation"].line

@@ -15,6 +15,8 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
@@ -22,7 +24,7 @@ from rich.console import Console
 
 from fitness_dpo import config as settings
 from fitness_dpo.bot import Bot, find, load, untuned
-from fitness_dpo.bulk import answer_file, read_questions
+from fitness_dpo.bulk import Question, answer_file, answered, as_line, read_questions
 from fitness_dpo.config import InferConfig, InputError
 from fitness_dpo.conversation import Conversation, fit
 from fitness_dpo.inference import generate, stream
@@ -269,6 +271,18 @@ def test_a_full_disk_ends_a_file_of_answers_in_one_line_and_the_next_goes_on(tal
 def test_files_of_questions(name: str, content: str, questions: list[str], tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     assert [question.text for question in read_questions(tmp_path / name)] == questions
+
+
+def test_a_parquet_file_of_questions(tmp_path: Path) -> None:
+    table = pyarrow.table({"question": [f"How often, {number}?" for number in range(200)]})
+    pyarrow.parquet.write_table(table, tmp_path / "q.parquet")
+    assert len(read_questions(tmp_path / "q.parquet")) == 200
+
+
+def test_an_answer_that_holds_a_line_separator_is_one_answer(tmp_path: Path) -> None:
+    questions = [Question("line 1", "How\u2028often?", None), Question("line 2", "Why?", None)]
+    (tmp_path / "a.jsonl").write_text(as_line(questions[0], "Twice\u2028a week.", "bot"), encoding="utf-8")
+    assert answered(tmp_path / "a.jsonl", questions, "bot")[0] == 1
 
 
 @pytest.mark.parametrize(

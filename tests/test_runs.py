@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from fitness_dpo import runs
+from fitness_dpo.checkpoints import Checkpoints
+from fitness_dpo.interruption import Interruption
+from fitness_dpo.manifest import seal
 from tests.conftest import TINY, read_json, run_verb
 
 LOGGED = {
@@ -126,3 +131,40 @@ def test_the_embedded_model_learns_the_pairs_it_sees(pairs_file: Path, tmp_path:
     asked = run_verb("infer", "prompt=How do I squat?", "sampling.max_new_tokens=5", cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout.strip()
+
+
+def test_a_run_that_is_training_is_not_joined(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "outputs" / "2026-01-01" / "00-00-00"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("wandb"))
+    (run / "metrics.json").unlink()
+    with runs.held(run):
+        done = run_verb("train", "resume=latest", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith("that run is training still; wait for its end, or stop it first\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_checkpoint_just_written_outlives_a_later_one_that_was_cut_off(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").write_bytes(bytes(step))
+        if step < 3:
+            seal(folder)
+    state = TrainerState(global_step=2, max_steps=9)
+    Checkpoints(Interruption(), tmp_path, 1).on_save(TrainingArguments(tmp_path), state, TrainerControl())
+    last = runs.last_checkpoint(tmp_path)
+    assert last is not None
+    assert last.name == "checkpoint-2"
+    assert not (tmp_path / "checkpoints" / "checkpoint-1").exists()
+
+
+def test_a_run_without_validation_rows_is_resumed(trained: Path, pairs_file: Path, tmp_path: Path) -> None:
+    words = ["data.validation_size=0", "dpo.eval_steps=1", "dpo.save_steps=1", "logging.wandb.mode=disabled"]
+    done = run_verb("train", *TINY, *words, f"data.path={pairs_file}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "outputs").glob("*/*")
+    (run / "metrics.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "checkpoint-2")
+    resumed = run_verb("train", "resume=latest", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr

@@ -24,6 +24,16 @@ def example(place: int, chosen: str = "yes", rejected: str = "no", **about: Any)
     return Example(str(place), [{"role": "user", "content": f"Question {place}?"}], chosen, rejected, **about)
 
 
+def test_items_are_read_back_whatever_their_text_holds(tmp_path: Path) -> None:
+    """U+2028 ends a line for str.splitlines, and json leaves it as it is."""
+    said = "first\u2028second\u0085third"
+    Items(tmp_path, {}).add("safety", "base", 0, text=said)
+    with (tmp_path / "items.jsonl").open("a") as file:
+        file.write('{"kind": "safety", "cut o')
+    for _ in range(2):
+        assert Items(tmp_path, {}).column("safety", "base", "text") == [said]
+
+
 def test_preference_by_hand(tmp_path: Path) -> None:
     rows = [
         example(0, topic="a", contrast="x"),

@@ -1,6 +1,7 @@
 """Optuna over a launcher that answers at once: what it is told, what it finds, and how a search goes on."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 
 from fitness_dpo import search
+from fitness_dpo.config import InputError
 from fitness_dpo.jobs import Job
 from fitness_dpo.leaderboard import values_of
 from tests.test_leaderboard import displace
@@ -79,6 +81,17 @@ def test_failed_trials_nan_and_displacement_are_told(tmp_path: Path) -> None:
         expected = "fail" if r == "4" else "pruned" if r in ("2", "8") else "fail" if beta >= 0.4 else "complete"
         assert trial["state"] == expected
     assert best["settings"]["lora.r"] == "16"
+
+
+@pytest.mark.parametrize("words", ["dpo.beta=interval(0.3, 0.1)", "dpo.beta=tag(log, interval(0, 0.1))"])
+def test_an_interval_that_cannot_be_drawn_from_is_one_line(words: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(words) + ": a"):
+        run(tmp_path, words)
+
+
+def test_a_range_may_go_down(tmp_path: Path) -> None:
+    _, landscape, _ = run(tmp_path, "dpo.beta=0.1", "lora.r=range(16,4,-4)", n_trials=12)
+    assert {values["lora.r"] for values in landscape.tried} == {"8", "12", "16"}
 
 
 def test_several_objectives_end_in_trade_offs(tmp_path: Path) -> None:

@@ -64,6 +64,12 @@ def test_what_is_not_installed_is_said_in_a_line(package: str, choice: str, tmp_
     assert not list(tmp_path.rglob("*.*"))
 
 
+def test_a_job_keeps_the_time_limit_of_its_sweep(tmp_path: Path) -> None:
+    for minutes, expected in (("30.0", ["max_minutes=30.0"]), ("null", [])):
+        (tmp_path / "config.yaml").write_text(f"max_minutes: {minutes}\n")
+        assert jobs.command(tmp_path)[4:] == expected
+
+
 def test_a_sweep_setting_without_a_sweep_is_refused(tmp_path: Path) -> None:
     done = run_verb("train", "sweep.seeds=3", cwd=tmp_path)
     assert done.returncode == 2

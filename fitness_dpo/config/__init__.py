@@ -2,7 +2,7 @@
 Imports no torch."""
 
 from fitness_dpo.config.answering import BotConfig, ChatConfig, InferConfig, ServeConfig
-from fitness_dpo.config.checks import Hopeless, InputError
+from fitness_dpo.config.checks import Fault, Hopeless, InputError
 from fitness_dpo.config.data import ColumnsConfig, DataConfig
 from fitness_dpo.config.dpo import DpoConfig
 from fitness_dpo.config.evaluate import EvaluateConfig, GateConfig, JudgeConfig
@@ -14,7 +14,7 @@ from fitness_dpo.config.sweep import SweepConfig
 from fitness_dpo.config.verbs import InspectConfig, LeaderboardConfig, ReportConfig, TrainConfig, register
 
 __all__ = [
-    "BotConfig", "ChatConfig", "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "ExportConfig", "GateConfig",
+    "BotConfig", "ChatConfig", "ColumnsConfig", "DataConfig", "DpoConfig", "EvaluateConfig", "ExportConfig", "Fault", "GateConfig",
     "HealthConfig", "Hopeless", "HubConfig", "InferConfig", "InputError", "InspectConfig", "JudgeConfig", "LeaderboardConfig", "LoggingConfig",
     "LoraConfig", "ModelConfig", "ModelOverrides", "ParityConfig", "ReportConfig", "SamplingConfig", "ServeConfig", "SweepConfig",
     "TrainConfig", "WandbConfig", "register",

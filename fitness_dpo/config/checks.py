@@ -8,6 +8,10 @@ class InputError(ValueError):
     """The exit status of a verb that ends with it."""
 
 
+class Fault(InputError):
+    """What this process's machine ran out of; other processes of the same training may not have."""
+
+
 class Hopeless(InputError):
     """A training that its own health verdict ended and that has no result; again, it would end the same way."""
 

@@ -42,7 +42,7 @@ class DpoConfig:
     """`packed` computes no padding and each prompt once for its two answers; `padded` is TRL's own; `auto` is packed
     wherever the model and the adapter allow it."""
     compile: str = MISSING
-    """Compile the packed forward's layers: `true`, `false`, or `auto`, which does on a GPU."""
+    """Compile the packed forward's layers: `true`, `false`, or `auto`, which does on a GPU for runs of 300 steps and more."""
     micro_batch_tokens: int | None = MISSING
     """Divide a batch into parts of at most this many tokens (prompt, chosen and rejected), pairs of like length
     together; the gradient stays that of the whole batch. Null computes a batch at once."""
@@ -64,7 +64,7 @@ class DpoConfig:
     """Optimizer steps; overrides `epochs` unless null."""
     logging_steps: int = MISSING
     eval_steps: int | None = MISSING
-    """Score the validation split every so many steps; null scores it before and after training only."""
+    """Score the validation split every so many steps; null scores it after training only."""
     save_steps: int = MISSING
     """Write a checkpoint every so many steps."""
     save_total_limit: int = MISSING
