@@ -152,7 +152,7 @@ def test_the_checkpoint_just_written_outlives_a_later_one_that_was_cut_off(tmp_p
         if step < 3:
             seal(folder)
     state = TrainerState(global_step=2, max_steps=9)
-    Checkpoints(Interruption(), tmp_path, 1).on_save(TrainingArguments(tmp_path), state, TrainerControl())
+    Checkpoints(Interruption(), tmp_path, 1).on_save(TrainingArguments(str(tmp_path)), state, TrainerControl())
     last = runs.last_checkpoint(tmp_path)
     assert last is not None
     assert last.name == "checkpoint-2"
