@@ -113,7 +113,7 @@ class Difference(NamedTuple):
         if abs(self.kept - 1) > self.kept_threshold + 3 * self.kept_error:
             return (
                 f"{self.name} carries {self.kept:.2f} ± {self.kept_error:.2f} of what the training changed, "
-                "so its adapter was lost or scaled"
+                "so its adapter was lost or scaled, or rounding outweighs a small change, which a finer quantization keeps"
             )
         if self.largest <= self.threshold and not self.parted:
             return None
