@@ -10,8 +10,10 @@ def figure(value: Any) -> Any:
     if value is None:
         return "–"
     if isinstance(value, dict) and {"value", "low", "high"} <= value.keys():
-        value, low, high = (figure(value[name]) for name in ("value", "low", "high"))
-        return f"{value} ({low} to {high})"
+        ends = [value[name] for name in ("value", "low", "high")]
+        largest = max(map(abs, ends))
+        places = 3 if largest < 2 else 2 if largest < 10 else 1  # the same for all three
+        return "{} ({} to {})".format(*(f"{end:.{places}f}" for end in ends))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return f"{value:,}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"

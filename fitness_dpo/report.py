@@ -35,7 +35,7 @@ def write_report(run: Path) -> Path:
         "report",
         title=f"{config.model.name} on {config.data.path}",
         subtitle=f"{'/'.join(run.resolve().parts[-2:])}, commit {(record['commit'] or 'unknown')[:12]}",
-        before_after=before_after(metrics),
+        held_out=held_out_figures(metrics),
         curves=list(training_curves(metrics["history"], config.dpo.beta)),
         effort=effort(metrics),
         pair_plots=list(pair_plots(metrics["held_out_pairs"], evaluation, config.dpo.beta)),
@@ -65,11 +65,10 @@ def verdict(verdicts: list[Data], evaluation: Data | None) -> Data:
     }
 
 
-def before_after(metrics: Data) -> list[tuple[Any, ...]]:
-    """Held-out figures of both ends of the training. Before it every reward is 0: there is no accuracy."""
+def held_out_figures(metrics: Data) -> list[tuple[Any, ...]]:
     after = metrics["after"]
-    names = {"loss": ("loss", None), "rewards/accuracies": ("accuracy", None), "rewards/margins": ("margin", 0.0)}
-    return [(f"held-out {name}", before, after[f"eval_{key}"]) for key, (name, before) in names.items() if after]
+    names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+    return [(f"held-out {name}", after[f"eval_{key}"]) for key, name in names.items() if after]
 
 
 def effort(metrics: Data) -> list[tuple[Any, ...]]:
