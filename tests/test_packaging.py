@@ -35,10 +35,12 @@ def test_the_wheel_trains_and_answers_from_another_folder(pairs_file: Path, tmp_
     venv.create(home, with_pip=False, symlinks=True)
     site = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     zipfile.ZipFile(wheel).extractall(site)
-    dependencies = Path(pytest.__file__).parents[1]
+    dependencies = [
+        folder for folder in sys.path if folder.endswith("site-packages")
+    ]  # torch may lie in another than .venv's
     work = tmp_path / "elsewhere"
     work.mkdir()
-    environment = os.environ | {"PYTHONPATH": f"{site}:{dependencies}", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": ":".join([str(site), *dependencies]), "CUDA_VISIBLE_DEVICES": ""}
     for command in (
         ["train", *TINY, f"data.path={pairs_file}"],
         ["train", "model=tiny", "dpo.max_steps=1"],
