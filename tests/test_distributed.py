@@ -26,8 +26,7 @@ def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> No
         "dpo.learning_rate=1e-3",
         "dpo.warmup_ratio=0",
     ]
-    words = ["dpo.gradient_accumulation_steps=2", "dpo.precompute_reference=false"]
-    alone = run_verb("train", *shared, *words, cwd=tmp_path, OMP_NUM_THREADS="1")
+    alone = run_verb("train", *shared, "dpo.gradient_accumulation_steps=2", cwd=tmp_path, OMP_NUM_THREADS="1")
     assert alone.returncode == 0, alone.stderr
     (one,) = (tmp_path / "outputs").glob("*/*")
     home = tmp_path / "two"
@@ -36,7 +35,7 @@ def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> No
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     together = subprocess.run(
         [*launcher, "fitness_dpo.train", *shared, "dpo.gradient_accumulation_steps=1"], cwd=home, capture_output=True,
-        text=True, check=False, timeout=900,
+        text=True, check=False, timeout=400,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "FITNESS_DPO_CACHE": str(cache)},
     )  # fmt: skip
     assert together.returncode == 0, together.stderr
@@ -48,7 +47,7 @@ def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> No
     assert all(before[name].allclose(after[name], atol=1e-5) for name in before)
     for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"):
         assert read_json(two / "metrics.json")["after"][name] == pytest.approx(
-            read_json(one / "metrics.json")["after"][name], abs=1e-5
+            read_json(one / "metrics.json")["after"][name], abs=1e-6
         )
     for name, expected in read_json(one / "metrics.json")["held_out_pairs"].items():
         assert len(expected) == 4
@@ -63,7 +62,7 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     done = subprocess.run(
         [*launcher, "fitness_dpo.train", *TINY, "data.path=nothing.json"], cwd=tmp_path, capture_output=True, text=True,
-        check=False, timeout=900, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        check=False, timeout=400, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode != 0
     assert done.stderr.count("error: data.path=nothing.json") == 1
