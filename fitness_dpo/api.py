@@ -7,6 +7,7 @@ question. Here ChatTemplate makes the token ids, and what a client writes stays 
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -84,7 +85,7 @@ class ChatHandler(ChatCompletionHandler):
         if not isinstance(sent, list) or not sent or not all(isinstance(message, dict) for message in sent):
             raise InputError("messages: send at least one message")
         roles = [message.get("role") for message in sent]
-        if not ROLES.keys() >= set(roles) or roles[-1] != "user":
+        if not all(role in tuple(ROLES) for role in roles) or roles[-1] != "user":
             raise InputError(f"messages: roles {roles}; send {', '.join(ROLES)}, a user's message last")
         texts = self.get_processor_inputs_from_messages(sent, Modality.LLM)
         *before, question = [{"role": ROLES[text["role"]], "content": str(text["content"])} for text in texts]
@@ -100,21 +101,29 @@ class ChatHandler(ChatCompletionHandler):
         return messages
 
 
+class Asked(msgspec.Struct):
+    """What a request may say about how its answer is drawn."""
+
+    temperature: int | float | None = None
+    top_p: int | float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+
+
 def requested_sampling(body: dict[str, Any], sampling: SamplingConfig) -> SamplingConfig:
     """`sampling` with what a request says about temperature, top_p, seed and length. Temperature 0 is greedy."""
-
-    def number(*keys: str) -> Any:
-        key = next((key for key in keys if body.get(key) is not None), keys[0])
-        value = body.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise InputError(f"{key}={value!r}: send a number")
-        return value
-
-    asked: dict[str, Any] = {key: number(key) for key in ("top_p", "seed") if number(key) is not None}
-    longest = number("max_completion_tokens", "max_tokens")
-    if longest is not None:
-        asked["max_new_tokens"] = int(longest)
-    temperature = number("temperature")
-    if temperature is not None:
-        asked |= {"do_sample": temperature > 0} | ({"temperature": float(temperature)} if temperature > 0 else {})
-    return replace(sampling, **asked)
+    try:
+        asked = msgspec.convert(body, Asked)
+    except msgspec.ValidationError as error:
+        raise InputError(f"request: {error}") from error
+    longest = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+    given: dict[str, Any] = {
+        "top_p": asked.top_p,
+        "seed": asked.seed,
+        "max_new_tokens": longest,
+        "temperature": asked.temperature or None,
+    }
+    if asked.temperature is not None:
+        given["do_sample"] = asked.temperature > 0
+    return replace(sampling, **{key: value for key, value in given.items() if value is not None})

@@ -31,8 +31,7 @@ class Samples(TrainerCallback):
         self.prompts = [
             ask(question, data.system_prompt, standardised=data.standardise) for question in config.sample_prompts
         ]
-        lines = self.file.read_text(encoding="utf-8").split("\n")[:-1] if self.file.is_file() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.rows = runs.read_samples(run)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == 0 or self.due(state):  # a run stopped on request had no time to answer

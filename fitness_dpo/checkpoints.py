@@ -59,10 +59,9 @@ class Checkpoints(TrainerCallback):
                 folder / REFERENCE, ignore_errors=True
             )  # beside it the trainer would not load the policy's adapter
             seal(folder)
-            earlier = [
-                each for each in runs.checkpoint_folders(self.run) if runs.step_of(each) <= state.global_step
-            ]  # a later one was cut off while it was written, and this run will write it anew
-            for old in earlier[self.limit :]:
+            # a later one was cut off while it was written, and this run will write it anew
+            known = [each for each in runs.checkpoint_folders(self.run) if runs.step_of(each) <= state.global_step]
+            for old in known[self.limit :]:
                 (old / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(old)
         self.saved = state.global_step

@@ -91,9 +91,8 @@ def kernel_kills() -> int:
 def command(folder: Path) -> list[str]:
     """What runs, or goes on with, the training whose config.yaml lies in `folder`."""
     quoted = str(folder.resolve()).replace('"', '\\"')
-    minutes = OmegaConf.select(
-        OmegaConf.load(folder / runs.CONFIG), "max_minutes"
-    )  # of a command, so not resumed with the rest
+    # a time limit is a command's own, so resuming does not bring it back with the other settings
+    minutes = OmegaConf.select(OmegaConf.load(folder / runs.CONFIG), "max_minutes")
     limit = [] if minutes is None else [f"max_minutes={minutes}"]
     return [sys.executable, "-m", "fitness_dpo.train", f'resume="{quoted}"', *limit]
 

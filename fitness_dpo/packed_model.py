@@ -74,9 +74,8 @@ class PackedForward:
         self.layer = torch.compile(decoder_layer, fullgraph=True) if compiled else decoder_layer
         self.chunk = torch.compile(score_chunk, fullgraph=True) if compiled else score_chunk
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.records = (
-            compiled and flash and world_size() == 1
-        )  # DDP ties the gradients to a stream that cannot be recorded
+        # DDP ties the gradients to a stream that cannot be recorded
+        self.records = compiled and flash and world_size() == 1
         self.tuned_scores = Recorder(self.score, parameters) if self.records else self.score
         self.model.forward = self
 

@@ -171,10 +171,8 @@ def group_plots(preference: Data) -> Iterator[Plot]:
 
 def sampled(run: Path) -> list[Data]:
     """The sample questions with their first and last answers."""
-    samples = run / runs.SAMPLES
-    lines = samples.read_text(encoding="utf-8").split("\n")[:-1] if samples.is_file() else []
     answers: dict[str, Data] = {}
-    for row in map(json.loads, lines):
+    for row in runs.read_samples(run):
         known = answers.setdefault(row["prompt"], {"prompt": row["prompt"], "base": row["answer"]})
         known["tuned"] = row["answer"]
     return list(answers.values())

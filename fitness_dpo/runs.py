@@ -218,6 +218,13 @@ def read_record(run: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
+def read_samples(run: Path) -> list[dict[str, Any]]:
+    """Every sample answer so far: step, prompt, answer. Not by splitlines, which also cuts at characters an answer may hold."""
+    file = run / SAMPLES
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
 def run_id(run: Path) -> str | None:
     """What tells this run from every other, wherever its folder was moved."""
     return (read_record(run) or {}).get("wandb_id")

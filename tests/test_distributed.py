@@ -10,13 +10,12 @@ from safetensors.torch import load_file
 
 from tests.conftest import TINY, read_json, run_verb
 
-pytestmark = pytest.mark.slow
-
 
 def losses(run: Path) -> list[float]:
     return [entry["loss"] for entry in read_json(run / "metrics.json")["history"] if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> None:
     shared = [
         *TINY,
@@ -58,6 +57,7 @@ def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> No
     assert together.stdout.count("held-out accuracy") == 1, "only the first process speaks"
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     done = subprocess.run(
@@ -67,3 +67,24 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("error: data.path=nothing.json") == 1
     assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize("number", ["0", "1"])
+def test_every_process_says_that_its_own_gpu_is_full(number: str, tmp_path: Path) -> None:
+    """torch's own error out of a verb; no GPU is here to fill."""
+    code = """
+import sys, torch
+from fitness_dpo.cli import verb
+from fitness_dpo.config import ReportConfig
+def full(config, folder):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+sys.argv = ["report"]
+verb("report", ReportConfig, full)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"RANK": number},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: out of memory on the GPU: lower batch_size")
+    assert done.stderr.count("\n") == 1

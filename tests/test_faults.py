@@ -291,7 +291,10 @@ def test_out_of_memory_names_what_to_lower(compose_train: Callable[..., TrainCon
     """The line alone: no GPU runs out of memory here."""
     config = compose_train("model=smollm2_135m")
     with (
-        pytest.raises(InputError, match=r"lower dpo\.batch_size=4 .*or set dpo\.micro_batch_tokens=1024 or model\.gradient_checkpointing"),
+        pytest.raises(
+            InputError,
+            match=r"lower dpo\.batch_size=4 .*or set dpo\.micro_batch_tokens=1024 or model\.gradient_checkpointing",
+        ),
         explained(config, tmp_path),
     ):
         raise torch.OutOfMemoryError

@@ -110,9 +110,20 @@ def test_the_models_it_lists(client: OpenAI) -> None:
         ({"messages": [{"role": "user", "content": "x" * 600}] * 3}, "leave out the oldest 2 questions"),
         ({"messages": [{"role": "tool", "content": "x"}]}, r"roles \['tool'\]; send system"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "a user's message last"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"roles \[\['user'\]\]; send system"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "seed": 1.5},
+            r"Expected `int \| null`, got `float` - at `\$.seed`",
+        ),
         ({"messages": [{"content": "x"}]}, r"roles \[None\]; send system"),
-        ({"messages": [{"role": "user", "content": "x"}], "max_tokens": "x"}, "max_tokens='x': send a number"),
-        ({"messages": [{"role": "user", "content": "x"}], "temperature": "hot"}, "temperature='hot': send a number"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "max_tokens": "x"},
+            r"Expected `int \| null`, got `str` - at `\$.max_tokens`",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "temperature": "hot"},
+            r"Expected `int \| float \| null`, got `str` - at `\$.temperature`",
+        ),
         ({"model": "gpt-5", "messages": [{"role": "user", "content": "x"}]}, "has model=fitness alone"),
         ({"messages": [{"role": "user", "content": "x"}], "top_p": 2}, "sampling.top_p=2: use more than 0 and up to 1"),
     ],
