@@ -4,8 +4,7 @@ It reads the weights of a model that PEFT wraps and leaves the model as it is, s
 """
 
 from collections.abc import Callable
-from inspect import signature
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from fitness_dpo.packing import Packed
 
 Layout = tuple[Tensor, ...]
 Attend = Callable[[Tensor, Tensor, Tensor, Layout, "Shape"], Tensor]
+"""Queries, keys and values -> causal attention within each sequence, (tokens, heads, width)."""
 
 
 class Adapted(NamedTuple):
@@ -47,14 +47,13 @@ class Shape(NamedTuple):
     key_heads: int
     head_width: int
     norm_epsilon: float
-    longest: int
-    """An upper bound of every sequence, in tokens; a constant, so that no batch compiles anew."""
 
 
 class LoraProduct(torch.autograd.Function):
     """x W^T + (x A^T) B^T as one matrix product, [x, x A^T] [W, B]^T, whose sum is kept in 32 bits (Hu et al. 2021, eq. 3).
 
-    x: (tokens, inputs), w: (outputs, inputs), a: (r, inputs), b: (outputs, r) -> (tokens, outputs). W gets no gradient.
+    Its gradient is one too, over what is narrower: the gradient of the outputs beside that of x A^T, or both results side by
+    side. x: (tokens, inputs), w: (outputs, inputs), a: (r, inputs), b: (outputs, r) -> (tokens, outputs). W gets no gradient.
     """
 
     @staticmethod
@@ -69,35 +68,18 @@ class LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
         (grad,) = grads
         x, w, a, b, low = ctx.saved_tensors
-        if grad.is_cuda:
-            wide = grad @ torch.cat([w, b], 1)
-            into_low = wide[:, w.size(1) :]
-            into_x = wide[:, : w.size(1)] + into_low @ a
-        else:
+        outputs, inputs = w.shape
+        if not grad.is_cuda:
             into_low = grad @ b
             into_x = (grad @ w).addmm_(into_low, a)
+        elif outputs > inputs:
+            wide = grad @ torch.cat([w, b], 1)
+            into_low = wide[:, inputs:]
+            into_x = wide[:, :inputs] + into_low @ a
+        else:
+            into_low = grad @ b
+            into_x = torch.cat([grad, into_low], 1) @ torch.cat([w, a])
         return into_x, None, into_low.T @ x, grad.T @ low
-
-
-class GatherKeys(torch.autograd.Function):
-    """x[keys], where a prompt token stands twice and one of the prefix more often; its gradient gathers too, instead of
-    adding with atomics."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, keys: Tensor, first: Tensor, second: Tensor, repeats: Tensor) -> Tensor:
-        ctx.save_for_backward(first, second, repeats)
-        return x[keys]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (grad,) = grads
-        first, second, repeats = ctx.saved_tensors
-        twice = (second < grad.size(0)).view(-1, 1, 1)
-        again = grad[second.clamp(max=grad.size(0) - 1)]
-        total = grad[first] + torch.where(twice, again, 0)
-        if repeats.size(1):
-            total = torch.cat([total[: repeats.size(1)] + grad[repeats].sum(0), total[repeats.size(1) :]])
-        return total, None, None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -110,23 +92,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021, eq. 34), halves as in Llama. x: (tokens, heads, width)."""
     left, right = x.chunk(2, -1)
     return x * cos + torch.cat([-right, left], -1) * sin
-
-
-def flash_layout(packed: Packed) -> Layout:
-    return packed.keys, packed.first, packed.second, packed.repeats, packed.query_starts, packed.key_starts
-
-
-def attend_flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, shape: Shape) -> Tensor:
-    """Causal attention within each sequence by FlashAttention's kernel, which wants an NVIDIA GPU of capability 8.0 on."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    *places, query_starts, key_starts = layout
-    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-    key, value = (GatherKeys.apply(part, *places) for part in (key, value))  # type: ignore[no-untyped-call]
-    attended: Any = varlen_attn(
-        query, key, value, query_starts, key_starts, shape.longest, shape.longest, window_size=(-1, 0), **grouped
-    )
-    return cast(Tensor, attended)
 
 
 def row_layout(packed: Packed) -> Layout:
@@ -165,10 +130,8 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, layout: Layout, shape
     return mixed.transpose(1, 2).flatten(0, 1)[flat]
 
 
-def decoder_layer(
-    x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, layer: Layer, shape: Shape, attend: Attend
-) -> Tensor:
-    """One layer of every sequence. x: (tokens, hidden) -> (tokens, hidden)."""
+def before_attention(x: Tensor, cos: Tensor, sin: Tensor, layer: Layer, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """x: (tokens, hidden) -> queries (tokens, heads, width), keys and values (tokens, key heads, width) of one layer."""
     normed = rms_norm(x, layer.attention_norm, shape.norm_epsilon)
     widths = [shape.heads * shape.head_width, *[shape.key_heads * shape.head_width] * 2]
     query, key, value = (
@@ -177,7 +140,11 @@ def decoder_layer(
     if layer.query_norm is not None and layer.key_norm is not None:
         query = rms_norm(query, layer.query_norm, shape.norm_epsilon)
         key = rms_norm(key, layer.key_norm, shape.norm_epsilon)
-    attended = attend(rotate(query, cos, sin), rotate(key, cos, sin), value, layout, shape)
+    return rotate(query, cos, sin), rotate(key, cos, sin), value.contiguous()
+
+
+def after_attention(x: Tensor, attended: Tensor, layer: Layer, shape: Shape) -> Tensor:
+    """x: (tokens, hidden), attended: (tokens, heads, width) -> (tokens, hidden), what the next layer takes."""
     x = x + product(attended.flatten(-2), layer.output)
     gate, up = product(rms_norm(x, layer.mlp_norm, shape.norm_epsilon), layer.gate_up).chunk(2, -1)
     return x + product(F.silu(gate) * up, layer.down)

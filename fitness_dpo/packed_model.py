@@ -1,5 +1,7 @@
 """A PEFT model's answer to TRL's call for log-probabilities, computed by decoder.py on packed pairs."""
 
+import importlib.util
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,9 @@ from fitness_dpo.decoder import (
     Layer,
     Layout,
     Shape,
-    attend_flash,
+    after_attention,
     attend_rows,
-    decoder_layer,
-    flash_layout,
+    before_attention,
     rms_norm,
     row_layout,
 )  # fmt: skip
@@ -27,6 +28,7 @@ from fitness_dpo.logprobs import TokenScores, answer_logps, score_chunk
 from fitness_dpo.packing import PACKED, Packed
 
 KNOWN_MODELS = ("llama", "qwen2", "qwen3")
+KERNEL_WIDTHS = (32, 64, 128)
 KNOWN_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -52,8 +54,8 @@ class PackedForward:
     The reference is the policy without its adapter, so the adapter has to start at zero (`starts_at_base`).
     """
 
-    def __init__(self, model: Any, longest: int, *, compiled: bool, checkpointing: bool) -> None:
-        """`longest` bounds the tokens of every sequence. `compiled` also records CUDA graphs, where there is a GPU."""
+    def __init__(self, model: Any, *, compiled: bool, checkpointing: bool) -> None:
+        """`compiled` also records CUDA graphs, where the GPU runs the kernels."""
         self.model = model.get_base_model()
         self.otherwise = self.model.forward
         self.compiled, self.checkpointing = compiled, checkpointing
@@ -61,21 +63,26 @@ class PackedForward:
         self.shape = Shape(
             config.num_attention_heads, config.num_key_value_heads,
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            config.rms_norm_eps, longest,
+            config.rms_norm_eps,
         )  # fmt: skip
         self.frequencies, self.rope_scale = rope(config, device)
         layers = self.model.model.layers
         self.probe = next(module for module in layers[0].modules() if hasattr(module, "active_adapters"))
         self.tuned = [read_layer(layer, adapted=True) for layer in layers]
         self.base = [read_layer(layer, adapted=False) for layer in layers]
-        flash = has_flash(device)
-        self.layout = flash_layout if flash else row_layout
-        self.attend = attend_flash if flash else attend_rows
-        self.layer = torch.compile(decoder_layer, fullgraph=True) if compiled else decoder_layer
-        self.chunk = torch.compile(score_chunk, fullgraph=True) if compiled else score_chunk
+        ready: Any = partial(torch.compile, fullgraph=True) if compiled else lambda part: part
+        self.before, self.after, self.chunk = map(ready, (before_attention, after_attention, score_chunk))
+        self.layout, self.attend = row_layout, attend_rows
+        kernels = runs_kernels(device, self.shape.head_width)
+        if kernels:
+            from fitness_dpo.attention_kernels import attend_kernel, kernel_layout
+            from fitness_dpo.vocabulary_kernel import score_chunk_kernel
+
+            self.layout = partial(kernel_layout, group=self.shape.heads // self.shape.key_heads)
+            self.attend, self.chunk = attend_kernel, score_chunk_kernel
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # DDP ties the gradients to a stream that cannot be recorded
-        self.records = compiled and flash and world_size() == 1
+        self.records = compiled and kernels and world_size() == 1
         self.tuned_scores = Recorder(self.score, parameters) if self.records else self.score
         self.model.forward = self
 
@@ -103,7 +110,7 @@ class PackedForward:
         angles = packed.positions[:, None, None] * torch.cat([self.frequencies] * 2)
         cos, sin = ((wave * self.rope_scale).to(x.dtype) for wave in (angles.cos(), angles.sin()))
         layout = self.layout(packed)
-        self.mark(cos, sin, *layout)
+        self.mark(cos, sin)
         for layer in layers or self.tuned:
             self.mark(x)
             if self.checkpointing and torch.is_grad_enabled():
@@ -120,13 +127,18 @@ class PackedForward:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, layer: Layer) -> Tensor:
-        result: Tensor = self.layer(x, cos, sin, layout, dense(layer), self.shape, self.attend)
+        layer = dense(layer)
+        query, key, value = self.before(x, cos, sin, layer, self.shape)
+        attended = self.attend(query, key, value, layout, self.shape)
+        self.mark(attended)
+        result: Tensor = self.after(x, attended, layer, self.shape)
         return result
 
 
-def has_flash(device: torch.device) -> bool:
-    """Whether FlashAttention's kernel runs there."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+def runs_kernels(device: torch.device, head_width: int) -> bool:
+    """Whether the project's Triton kernels serve there. A T4, which is older, takes torch's own operations."""
+    modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return modern and head_width in KERNEL_WIDTHS and importlib.util.find_spec("triton") is not None
 
 
 def rope(config: Any, device: torch.device) -> tuple[Tensor, float]:

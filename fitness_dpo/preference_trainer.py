@@ -11,7 +11,7 @@ import datasets
 import torch
 import trl
 
-from fitness_dpo.config import InputError, TrainConfig
+from fitness_dpo.config import TrainConfig
 from fitness_dpo.health import Pairs
 from fitness_dpo.margins import each_pair
 from fitness_dpo.packed_model import PackedForward, starts_at_base
@@ -42,17 +42,18 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         if packed:
             self.compiled = compiles(config.dpo.compile, planned_steps(self.args, len(self.train_dataset)))
             pairs = [*self.train_dataset, *(self.eval_dataset or [])]
-            self.longest = max(map(pair_length, pairs))
             forward = PackedForward(
-                self.model, -(-self.longest // 64) * 64, compiled=self.compiled,
-                checkpointing=config.model.gradient_checkpointing != "false",
-            )  # fmt: skip
+                self.model, compiled=self.compiled, checkpointing=config.model.gradient_checkpointing != "false"
+            )
             prefix = common_start(pair["prompt_ids"] for pair in pairs)
+            on_host = self.args.world_size == 1 and not set(self.loss_types) & NOT_ON_HOST
+            if on_host and torch.cuda.is_available():
+                torch.set_num_threads(1)  # a loss is sooner computed than other threads are woken
             self.data_collator = PackedCollator(
                 self.processing_class.pad_token_id,
                 prefix,
                 usual(pairs, len(prefix)) if forward.records else None,
-                on_host=self.args.world_size == 1 and not set(self.loss_types) & NOT_ON_HOST,
+                on_host=on_host,
             )
         if config.dpo.precompute_reference:
             self.precompute_ref_logps = True
@@ -83,10 +84,6 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
 
     def _precompute_ref_logps(self, dataset: datasets.Dataset, name: str, batch_size: int) -> datasets.Dataset:
         """`dataset` with the reference's log-probabilities, from the cache where they are known."""
-        if self.packed and max(map(pair_length, dataset)) > self.longest:
-            raise InputError(
-                f"{name}: has rows of over {self.longest} tokens, longer than those the trainer was built for"
-            )
 
         def compute(pairs: list[Pair]) -> Iterator[Logps]:
             order = sorted(range(len(pairs)), key=lambda place: -pair_tokens(pairs[place]))

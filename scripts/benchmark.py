@@ -75,7 +75,7 @@ def child(options: argparse.Namespace) -> None:
     OmegaConf.register_new_resolver("default_model", lambda: "smollm2_135m", replace=True)
     overrides = [
         "model=smollm2_135m", f"model.name={options.model}", f"dpo.batch_size={options.batch}", f"dpo.eval_batch_size={options.batch}",
-        "dpo.gradient_accumulation_steps=1", "dpo.logging_steps=1", "dpo.save_steps=100000", f"dpo.max_steps={options.steps}",
+        "dpo.gradient_accumulation_steps=1", "dpo.save_steps=100000", f"dpo.max_steps={options.steps}",
         "model.max_length_tokens=8192", "dpo.warmup_ratio=0", f"dpo.learning_rate={options.learning_rate}", "logging.wandb.mode=disabled",
         f"model.gradient_checkpointing='{options.checkpointing}'", f"model.load_in_4bit={str(options.load_in_4bit).lower()}",
         *SYSTEMS[options.system],
@@ -131,7 +131,20 @@ def child(options: argparse.Namespace) -> None:
             if state.global_step == options.warmup and options.strict:
                 torch.compiler.set_stance("fail_on_recompile")
 
-    class Peer(trl.DPOTrainer):  # type: ignore[misc]
+    class Steps:
+        """Keeps each step's loss without asking the GPU for it."""
+
+        losses: list[torch.Tensor] = []  # noqa: RUF012
+
+        def training_step(self, *given: Any, **named: Any) -> torch.Tensor:
+            loss: torch.Tensor = super().training_step(*given, **named)  # type: ignore[misc]
+            self.losses.append(loss.detach())
+            return loss
+
+    class Ours(Steps, PreferenceTrainer):
+        pass
+
+    class Peer(Steps, trl.DPOTrainer):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
@@ -150,7 +163,7 @@ def child(options: argparse.Namespace) -> None:
         }
         trainer = Peer(args=trl.DPOConfig(**arguments), **given)
     else:
-        trainer = PreferenceTrainer(config, packed=packed, args=trl.DPOConfig(**arguments), **given)
+        trainer = Ours(config, packed=packed, args=trl.DPOConfig(**arguments), **given)
     reference_seconds = settle() - reference_began
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -168,8 +181,7 @@ def child(options: argparse.Namespace) -> None:
         "tokens_per_second": tokens / len(rows) * options.batch / typical, "step_seconds": steps,
         "peak_gib": (torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30,
         "reference_seconds": reference_seconds, "first_step_seconds": Clock.ends[1] - started,
-        "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "grad_norm": [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry],
+        "loss": torch.stack(Steps.losses).tolist(),
     }))  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from trl.trainer.utils import FusedCausalLMOutput
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.config.dpo import LOSS_TYPES
 from fitness_dpo.data import load_preferences
-from fitness_dpo.decoder import GatherKeys, flash_layout
 from fitness_dpo.model import Policy
 from fitness_dpo.packed_model import PackedForward
 from fitness_dpo.packing import PackedCollator, Usual, bucket, common_start, pack, pad
@@ -141,7 +140,7 @@ def test_log_probabilities_of_every_family_are_the_models_own(family: str, prefi
     with torch.no_grad():
         every = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
         expected = every[:, :-1].gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
-        PackedForward(model, 64, compiled=False, checkpointing=False)
+        PackedForward(model, compiled=False, checkpointing=False)
         found = model(input_ids=batch["input_ids"], labels=labels, fused_lm_head=True, packed=batch["packed"]).log_probs
     mask = batch["completion_mask"][:, 1:].bool()
     torch.testing.assert_close(found[mask], expected[mask], rtol=1e-5, atol=1e-5)
@@ -171,16 +170,6 @@ def test_what_all_prompts_begin_with_is_laid_out_once() -> None:
     assert packed.sources.tolist() == [4, 5, 4, 8, 8, 10, 11]
     assert packed.places.tolist() == [4, 5, 16, 8, 20, 21, 22]
     assert packed.ids[packed.keys[packed.first]].tolist() == packed.ids.tolist()
-
-
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_keys_that_stand_more_than_once_add_up_their_gradients(prefix: int) -> None:
-    packed = pack([pair | {"prompt_ids": [1, 2, *pair["prompt_ids"]]} for pair in PAIRS], 7, prefix)
-    x = torch.arange(3.0 * len(packed.ids)).view(-1, 1, 3).requires_grad_()
-    plain, gathered = x[packed.keys], GatherKeys.apply(x, *flash_layout(packed)[:4])  # type: ignore[no-untyped-call]
-    pull = torch.arange(1.0, plain.numel() + 1).view_as(plain)
-    (expected,), (found,) = (torch.autograd.grad(keys, x, pull) for keys in (plain, gathered))
-    assert torch.equal(found, expected)
 
 
 def test_a_prompt_never_lies_in_the_prefix_whole() -> None:

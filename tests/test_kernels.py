@@ -1,0 +1,58 @@
+"""The Triton kernels, interpreted on a CPU, against torch's own operations. A CPU build of torch brings no Triton."""
+
+import random
+
+import pytest
+import torch
+
+from fitness_dpo.decoder import Shape, attend_rows, row_layout
+from fitness_dpo.logprobs import score_chunk
+from fitness_dpo.packing import pack, pad, usual
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "heads", "key_heads", "filled"), [(0, 4, 2, True), (5, 6, 2, True), (7, 3, 1, False), (0, 2, 2, True)]
+)
+def test_attention_and_its_gradients_are_those_of_plain_products(
+    prefix: int, heads: int, key_heads: int, filled: bool
+) -> None:
+    from fitness_dpo.attention_kernels import attend_kernel, kernel_layout
+
+    draw = random.Random(prefix)  # noqa: S311
+
+    def ids(most: int) -> list[int]:
+        return [draw.randrange(50) for _ in range(draw.randint(1, most))]
+
+    start = [draw.randrange(50) for _ in range(prefix)]
+    pairs = [{"prompt_ids": start + ids(40), "chosen_ids": ids(150), "rejected_ids": ids(100)} for _ in range(3)]
+    packed = pack(pairs, 400, prefix)
+    tokens, width = len(packed.ids), 32
+    given = pad(packed, 6 * 399, usual(pairs, prefix)) if filled else packed
+    torch.manual_seed(0)
+    shape = Shape(heads, key_heads, width, 1e-6)
+    inputs = [torch.randn(len(given.ids), count, width, requires_grad=True) for count in (heads, key_heads, key_heads)]
+    query, key, value = inputs
+    expected = attend_rows(query[:tokens], key[:tokens], value[:tokens], row_layout(packed), shape)
+    found = attend_kernel(query, key, value, kernel_layout(given, heads // key_heads), shape)[:tokens]
+    assert found.allclose(expected, atol=1e-5)
+    pull = torch.randn_like(expected)
+    for mine, theirs in zip(*(torch.autograd.grad(each, inputs, pull) for each in (found, expected)), strict=True):
+        assert mine.allclose(theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [9000, 16384])
+def test_scores_over_a_vocabulary_are_those_of_log_softmax(vocabulary: int) -> None:
+    from fitness_dpo.vocabulary_kernel import score_chunk_kernel
+
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(5, 16), torch.randn(vocabulary, 16), torch.randint(vocabulary, (5,))
+    targets[:2] = (hidden @ weight.T).argmax(-1)[:2]
+    weight[targets[1] + 1] = weight[targets[1]]  # a tie: the first of the likeliest counts
+    targets[2] = targets[1] + 1
+    hidden[2] = hidden[1]
+    found, expected = (score(hidden, weight, targets, True) for score in (score_chunk_kernel, score_chunk))
+    assert found[3].tolist() == expected[3].tolist() == [True, True, False, False, False]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.float().allclose(theirs.float(), rtol=1e-5, atol=1e-5)
