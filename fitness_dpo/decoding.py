@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from fitness_dpo.data import Message
 from fitness_dpo.inference import end_tokens
@@ -19,6 +20,41 @@ class Answer(NamedTuple):
     tokens: int
     ended: bool
     """Whether the model ended it; otherwise it was cut off at the limit."""
+
+
+ROOM = 128
+"""Tokens that a cache has room for beyond those it holds."""
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's cache that writes new tokens behind those it holds, where transformers' copies all of them for each new one."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (with_room(states[:, :, :0]) for states in (key_states, value_states))
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys, self.values = append(self.keys, key_states), append(self.values, value_states)
+        return self.keys, self.values
+
+
+def with_room(held: Tensor) -> Tensor:
+    """A copy of `held` (rows, heads, tokens, width) in memory with room for more tokens."""
+    rows, heads, tokens, width = held.shape
+    copy = held.new_empty(rows, heads, tokens + ROOM, width)[:, :, :tokens]
+    return copy.copy_(held)
+
+
+def append(held: Tensor, new: Tensor) -> Tensor:
+    """`new` behind `held`, in the memory of `held` where that has room for it."""
+    rows, heads, tokens, width = held.shape
+    longer = tokens + new.size(2)
+    if held.stride(1) < longer * width:
+        held = with_room(torch.cat([held, new], 2))
+    whole = held.as_strided((rows, heads, longer, width), held.stride())
+    whole[:, :, tokens:] = new
+    return whole
 
 
 def answer_all(
@@ -81,6 +117,7 @@ def prefill(policy: Policy, rows: list[list[int]]) -> tuple[DynamicCache, Tensor
     alike = itertools.takewhile(lambda column: len({*column}) == 1, zip(*rows, strict=False))
     shared = [column[0] for column in alike]
     cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # type: ignore[no-untyped-call]
     mask = torch.ones(len(rows), len(shared), dtype=torch.long, device=device)
     if shared:
         start = torch.tensor([shared], device=device)

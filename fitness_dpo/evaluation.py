@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from fitness_dpo import runs
 from fitness_dpo.config import ModelConfig
 from fitness_dpo.data import Example, Message
@@ -55,11 +57,16 @@ def load(subject: Subject) -> Policy:
 
 @contextmanager
 def acting_as(side: str, policy: Policy, subject: Subject) -> Iterator[Policy]:
-    """The policy of one side: the weights of `policy` with its adapter, with none, or with that of `subject.against`."""
+    """The policy of one side: the weights of `policy` with its adapter, with none, or with that of `subject.against`.
+
+    In float32 the tuned side's adapter is added into the weights for good: it comes last, and answers sooner so.
+    """
+    model = policy.model
     if side == TUNED:
+        if hasattr(model, "merge_and_unload") and model.dtype == torch.float32 and not subject.model.load_in_4bit:
+            policy = policy._replace(model=model.merge_and_unload(adapter_names=["default"]))
         yield policy
         return
-    model = policy.model
     if any(config.bias != "none" for config in model.peft_config.values()):  # PEFT cannot put trained biases back
         yield load_base(subject.model) if subject.against is None else load_trained(subject.against, subject.model)
     elif subject.against is None:

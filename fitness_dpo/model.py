@@ -95,7 +95,7 @@ def load_base(config: ModelConfig) -> Policy:
     """The model of `config` itself, without an adapter, for answering."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fitness_dpo.few_rows import quicken
+    from fitness_dpo.few_rows import attend_in_groups, quicken
 
     keep_freed_memory()
     path = locate(config.name, config.revision)
@@ -113,6 +113,7 @@ def load_base(config: ModelConfig) -> Policy:
         **shared,
     )
     quicken(model)
+    attend_in_groups(model)
     return Policy(model.eval(), tokenizer)
 
 

@@ -26,10 +26,14 @@ def lengths(axes: Axes, results: list[dict[str, Any]]) -> None:
     largest = {scale: max(batch for other, batch in found if other == scale) for scale in scales}
     lines = {f"{batch} {'pair' if batch == 1 else 'pairs'} a step": dict.fromkeys(scales, batch) for batch in BATCHES}
     for (label, batches), mark, dash in zip((lines | {"most": largest}).items(), MARKS, DASHES, strict=True):
-        points = [(scale * MEAN_LENGTH, found[scale, batch]) for scale, batch in batches.items() if (scale, batch) in found]
+        points = [
+            (scale * MEAN_LENGTH, found[scale, batch]) for scale, batch in batches.items() if (scale, batch) in found
+        ]
         axes.plot(*zip(*points, strict=True), marker=mark, linestyle=dash, label=label)
     for scale, batch in largest.items():
-        axes.annotate(str(batch), (scale * MEAN_LENGTH, found[scale, batch]), (0, 6), textcoords="offset points", ha="center")
+        axes.annotate(
+            str(batch), (scale * MEAN_LENGTH, found[scale, batch]), (0, 6), textcoords="offset points", ha="center"
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks([64, 256, 1024, 4096], labels=["64", "256", "1,024", "4,096"])
     axes.set_xlabel("tokens of a prompt and an answer, on average")
