@@ -73,7 +73,7 @@ class PackedForward:
         ready: Any = partial(torch.compile, fullgraph=True) if compiled else lambda part: part
         self.before, self.after, self.chunk = map(ready, (before_attention, after_attention, score_chunk))
         self.layout, self.attend = row_layout, attend_rows
-        kernels = runs_kernels(device, self.shape.head_width)
+        kernels = runs_kernels(self.model.get_input_embeddings().weight, self.shape.head_width)
         if kernels:
             from fitness_dpo.attention_kernels import attend_kernel, kernel_layout
             from fitness_dpo.vocabulary_kernel import score_chunk_kernel
@@ -135,10 +135,12 @@ class PackedForward:
         return result
 
 
-def runs_kernels(device: torch.device, head_width: int) -> bool:
-    """Whether the project's Triton kernels serve there. A T4, which is older, takes torch's own operations."""
-    modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return modern and head_width in KERNEL_WIDTHS and importlib.util.find_spec("triton") is not None
+def runs_kernels(weight: Tensor, head_width: int) -> bool:
+    """Whether the project's Triton kernels serve a model with such a weight. An older card (a T4) and 32 bits, whose tiles are
+    more than a consumer's card can hold, take torch's own operations."""
+    modern = weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+    known = weight.dtype in (torch.bfloat16, torch.float16) and head_width in KERNEL_WIDTHS
+    return modern and known and importlib.util.find_spec("triton") is not None
 
 
 def rope(config: Any, device: torch.device) -> tuple[Tensor, float]:
