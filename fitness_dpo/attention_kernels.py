@@ -2,7 +2,7 @@
 
 FlashAttention-2 (Dao 2023) with three changes that pay at such lengths: a prompt's keys are looked up by both of its answers
 instead of being copied, the query heads that share a key head are rows of one tile, and tiles are counted by sequence, so
-that none is empty. Importing it wants Triton, which a CUDA build of torch brings.
+that few are empty. Importing it wants Triton, which a CUDA build of torch brings.
 """
 
 from typing import Any, NamedTuple

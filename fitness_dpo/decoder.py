@@ -113,7 +113,7 @@ def row_layout(packed: Packed) -> Layout:
 
 
 def attend_rows(query: Tensor, key: Tensor, value: Tensor, layout: Layout, shape: Shape) -> Tensor:
-    """The same with a row a pair: torch's fused attention on a GPU, plain batched products on a CPU, where at some
+    """Causal attention within each sequence, a row a pair: torch's fused attention on a GPU, plain batched products on a CPU, where at some
     hundred tokens they are faster."""
     rows, flat, seen = layout
     pairs, width = rows.shape

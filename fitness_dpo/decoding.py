@@ -33,16 +33,16 @@ class RoomyLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
-            self.keys, self.values = (with_room(states[:, :, :0]) for states in (key_states, value_states))
+            self.keys, self.values = (with_room(states[:, :, :0], 0) for states in (key_states, value_states))
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.keys, self.values = append(self.keys, key_states), append(self.values, value_states)
         return self.keys, self.values
 
 
-def with_room(held: Tensor) -> Tensor:
-    """A copy of `held` (rows, heads, tokens, width) in memory with room for more tokens."""
+def with_room(held: Tensor, longer: int) -> Tensor:
+    """A copy of `held` (rows, heads, tokens, width) in memory with room for `longer` tokens and some more."""
     rows, heads, tokens, width = held.shape
-    copy = held.new_empty(rows, heads, tokens + ROOM, width)[:, :, :tokens]
+    copy = held.new_empty(rows, heads, longer + ROOM, width)[:, :, :tokens]
     return copy.copy_(held)
 
 
@@ -51,7 +51,7 @@ def append(held: Tensor, new: Tensor) -> Tensor:
     rows, heads, tokens, width = held.shape
     longer = tokens + new.size(2)
     if held.stride(1) < longer * width:
-        held = with_room(torch.cat([held, new], 2))
+        held = with_room(held, longer)
     whole = held.as_strided((rows, heads, longer, width), held.stride())
     whole[:, :, tokens:] = new
     return whole

@@ -63,7 +63,8 @@ def acting_as(side: str, policy: Policy, subject: Subject) -> Iterator[Policy]:
     """
     model = policy.model
     if side == TUNED:
-        if hasattr(model, "merge_and_unload") and model.dtype == torch.float32 and not subject.model.load_in_4bit:
+        exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+        if exact and hasattr(model, "merge_and_unload"):
             policy = policy._replace(model=model.merge_and_unload(adapter_names=["default"]))
         yield policy
         return

@@ -32,12 +32,13 @@ def grouped_attention(
     query: (rows, heads, tokens, width), key, value: (rows, key heads, places, width) -> (rows, tokens, heads, width).
     """
     rows, heads, tokens, width = query.shape
-    if tokens > 1 or how.get("position_bias") is not None:
+    plain = attention_mask is None or attention_mask.dtype == torch.bool
+    if tokens > 1 or not plain or how.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     scores = (query * how["scaling"]).view(rows, key.size(1), -1, width) @ key.transpose(2, 3)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, float("-inf"))
-    return (scores.softmax(-1) @ value).view(rows, 1, heads, width), None
+    return (scores.softmax(-1) @ value).view(rows, 1, heads, value.size(-1)), None
 
 
 def attend_in_groups(model: Any) -> None:

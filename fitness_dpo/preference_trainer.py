@@ -45,6 +45,7 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
             forward = PackedForward(
                 self.model, compiled=self.compiled, checkpointing=config.model.gradient_checkpointing != "false"
             )
+            self.attention = forward.attend.__name__
             prefix = common_start(pair["prompt_ids"] for pair in pairs)
             on_host = self.args.world_size == 1 and not set(self.loss_types) & NOT_ON_HOST
             if on_host and torch.cuda.is_available():
@@ -98,7 +99,7 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         base = fingerprint(
             self.ref_model or self.model,
             with_adapter=self.ref_model is None and not starts_at_base(self.model),
-            settings=["packed" if self.packed else "padded", str(self.accelerator.mixed_precision)],
+            settings=[self.attention if self.packed else "padded", str(self.accelerator.mixed_precision)],
         )
         logps = reference_logps(
             base, list(dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])), compute

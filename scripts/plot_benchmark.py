@@ -4,6 +4,7 @@
 length; `losses` the loss of every training, smoothed over ten steps. One system for the first, any for the second.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def lengths(axes: Axes, results: list[dict[str, Any]]) -> None:
 
 
 def losses(axes: Axes, results: list[dict[str, Any]]) -> None:
-    for result, dash in zip(results, DASHES, strict=False):
+    for result, dash in zip(results, itertools.cycle(DASHES), strict=False):
         smooth = np.convolve(result["loss"], np.full(SMOOTH, 1 / SMOOTH), mode="valid")
         label = f"{result['system']}, seed {result['seed']}"
         axes.plot(np.arange(SMOOTH, SMOOTH + len(smooth)), smooth, linestyle=dash, label=label)
@@ -54,7 +55,8 @@ def main() -> None:
     kind, source, target = sys.argv[1:]
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    {"lengths": lengths, "losses": losses}[kind](axes, json.loads(Path(source).read_text(encoding="utf-8")))
+    results = [result for result in json.loads(Path(source).read_text(encoding="utf-8")) if "failed" not in result]
+    {"lengths": lengths, "losses": losses}[kind](axes, results)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.4)
     axes.legend(frameon=False)

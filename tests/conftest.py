@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
-os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when Triton is imported
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when Triton is imported
 os.environ.pop("WANDB_API_KEY", None)
 
 from fitness_dpo import config as settings

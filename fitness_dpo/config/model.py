@@ -78,6 +78,12 @@ class LoraConfig:
             names,
             "leave lm_head out: TRL's loss reads its weight directly",
         )
+        require(
+            "embed_tokens" not in names,
+            "lora.target_modules",
+            names,
+            "leave embed_tokens out: where the head shares its weight, merging would change the head too",
+        )
         one_of("lora.bias", self.bias, ("none", "all", "lora_only"))
         one_of("lora.init", self.init, ("default", "gaussian", "pissa", "olora", "orthogonal"))
 
