@@ -47,6 +47,14 @@ def rows_of(tile, start, length, head, ROWS: tl.constexpr, GROUP: tl.constexpr, 
     return query, inside, ((start + query) * KEY_HEADS + head) * GROUP + row % GROUP
 
 
+@triton.jit
+def keys_of(k, v, keys, place, there, head, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    """One head's keys and values at these places of `keys`; zeros where there is none."""
+    token = tl.load(keys + place, mask=there, other=0)
+    at = (token * KEY_HEADS + head)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return tl.load(k + at, mask=there[:, None], other=0.0), tl.load(v + at, mask=there[:, None], other=0.0)
+
+
 @triton.jit(do_not_specialize=["SEQUENCES"])
 def forward_kernel(
     q, k, v, out, log_totals, keys, query_starts, key_starts, tile_sequences, tile_numbers, SEQUENCES,
@@ -69,10 +77,7 @@ def forward_kernel(
         for begin in range(0, end, KEYS):
             place = begin + tl.arange(0, KEYS)
             there = place < key_length
-            token = tl.load(keys + key_start + place, mask=there, other=0)
-            at = (token * KEY_HEADS + head)[:, None] * WIDTH + wide[None, :]
-            key = tl.load(k + at, mask=there[:, None], other=0.0)
-            value = tl.load(v + at, mask=there[:, None], other=0.0)
+            key, value = keys_of(k, v, keys + key_start, place, there, head, KEY_HEADS, WIDTH)
             scores = tl.dot(queries, tl.trans(key), input_precision=PRECISION) * (SCALE * LOG2_E)
             scores = tl.where(place[None, :] <= last[:, None], scores, float("-inf"))
             higher = tl.maximum(peak, tl.max(scores, 1))
@@ -112,10 +117,7 @@ def into_queries_kernel(
         for begin in range(0, end, KEYS):
             place = begin + tl.arange(0, KEYS)
             there = place < key_length
-            token = tl.load(keys + key_start + place, mask=there, other=0)
-            at = (token * KEY_HEADS + head)[:, None] * WIDTH + wide[None, :]
-            key = tl.load(k + at, mask=there[:, None], other=0.0)
-            value = tl.load(v + at, mask=there[:, None], other=0.0)
+            key, value = keys_of(k, v, keys + key_start, place, there, head, KEY_HEADS, WIDTH)
             scores = tl.dot(queries, tl.trans(key), input_precision=PRECISION) * (SCALE * LOG2_E)
             weights = tl.where(place[None, :] <= last[:, None], tl.exp2(scores - log_total[:, None]), 0.0)
             change = weights * (tl.dot(grads, tl.trans(value), input_precision=PRECISION) - pull[:, None])
@@ -137,10 +139,7 @@ def into_keys_kernel(
         wide = tl.arange(0, WIDTH)
         place = tile * KEYS + tl.arange(0, KEYS)
         there = place < key_length
-        token = tl.load(keys + key_start + place, mask=there, other=0)
-        at = (token * KEY_HEADS + head)[:, None] * WIDTH + wide[None, :]
-        key = tl.load(k + at, mask=there[:, None], other=0.0)
-        value = tl.load(v + at, mask=there[:, None], other=0.0)
+        key, value = keys_of(k, v, keys + key_start, place, there, head, KEY_HEADS, WIDTH)
         key_sum = tl.zeros([KEYS, WIDTH], tl.float32)
         value_sum = tl.zeros([KEYS, WIDTH], tl.float32)
         first = tl.maximum(tile * KEYS - (key_length - length), 0) // (ROWS // GROUP)
