@@ -77,7 +77,7 @@ def child(options: argparse.Namespace) -> None:
         "model=smollm2_135m", f"model.name={options.model}", f"dpo.batch_size={options.batch}", f"dpo.eval_batch_size={options.batch}",
         "dpo.gradient_accumulation_steps=1", "dpo.save_steps=100000", f"dpo.max_steps={options.steps}",
         "model.max_length_tokens=8192", "dpo.warmup_ratio=0", f"dpo.learning_rate={options.learning_rate}", "logging.wandb.mode=disabled",
-        f"model.gradient_checkpointing='{options.checkpointing}'", f"model.load_in_4bit={str(options.load_in_4bit).lower()}",
+        f"model.gradient_checkpointing='{options.checkpointing}'", f"model.load_in_4bit={str(options.load_in_4bit).lower()}", f"model.dtype={options.dtype}",
         *SYSTEMS[options.system],
     ]  # fmt: skip
     if "transformers" in SYSTEMS[options.system][0] and options.checkpointing == "unsloth":
@@ -250,6 +250,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first LoRA weights")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32"), default="auto", help="auto: bfloat16 where the device has it"
+    )
     parser.add_argument("--checkpointing", choices=("false", "true", "unsloth"), default="false")
     parser.add_argument("--load-in-4bit", action="store_true")
     parser.add_argument(
@@ -284,14 +287,14 @@ def main() -> None:
                 command = [
                     sys.executable, __file__, "--system", name, "--batch", str(batch), "--model", model, "--rows", options.rows,
                     "--scale", str(options.scale), "--seed", str(options.seed), "--learning-rate", str(options.learning_rate), "--steps", str(options.steps), "--warmup", str(options.warmup),
-                    "--checkpointing", options.checkpointing, *(["--load-in-4bit"] if options.load_in_4bit else []),
+                    "--dtype", options.dtype, "--checkpointing", options.checkpointing, *(["--load-in-4bit"] if options.load_in_4bit else []),
                     *(["--strict"] if options.strict else []), *(["--profile"] if options.profile else []),
                 ]  # fmt: skip
                 shutil.rmtree(Path(folder) / "cache" / "reference", ignore_errors=True)
                 began = time.perf_counter()
                 done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
                 result: dict[str, Any] = {
-                    "system": name, "batch": batch, "rows": options.rows, "scale": options.scale, "seed": options.seed, "device": options.device,
+                    "system": name, "batch": batch, "rows": options.rows, "scale": options.scale, "seed": options.seed, "device": options.device, "dtype": options.dtype,
                     "checkpointing": options.checkpointing, "4bit": options.load_in_4bit, "wall_seconds": time.perf_counter() - began,
                 }  # fmt: skip
                 if done.returncode:
