@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PATIENCE = timedelta(hours=2)  # the others wait while the first downloads weights
 
@@ -53,6 +57,44 @@ def shared_folder(folder: Path) -> Path:
     folders = [str(folder.resolve())]
     torch.distributed.broadcast_object_list(folders, src=0, device=torch.device("cpu"))
     return Path(folders[0])
+
+
+def gather(tensor: "Tensor") -> "Tensor":
+    """The tensors of all processes, one behind the other: by gloo what lies on the CPU, by NCCL what lies on a GPU."""
+    import torch
+    import torch.distributed
+
+    own = tensor.reshape(1) if tensor.ndim == 0 else tensor.contiguous()
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, own)
+    return torch.cat(parts)
+
+
+def agree(tensors: "list[Tensor]") -> None:
+    """Put the first process's values into every process's tensors."""
+    import torch
+    import torch.distributed
+
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.broadcast(flat, src=0)
+    scatter(flat, tensors)
+
+
+def average(tensors: "list[Tensor]") -> None:
+    """Put the mean over all processes into the tensors, in one message."""
+    import torch
+    import torch.distributed
+
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    scatter(flat / world_size(), tensors)
+
+
+def scatter(flat: "Tensor", tensors: "list[Tensor]") -> None:
+    import torch
+
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def join() -> None:

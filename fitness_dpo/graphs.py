@@ -13,6 +13,9 @@ from fitness_dpo.packing import Packed
 LARGEST_TOKENS = 16_384
 """Larger batches keep the GPU busy for longer than their launches take."""
 
+OWN_THREAD = "thread_local"
+"""What the loader's thread and NCCL's ask of the GPU meanwhile does not spoil a recording."""
+
 
 class Recording(NamedTuple):
     inputs: Packed
@@ -61,10 +64,10 @@ class Recorder:
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.empty_cache()  # the recording takes its memory from a pool of its own
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self.pool):
+        with torch.cuda.graph(forward, pool=self.pool, capture_error_mode=OWN_THREAD):
             scores = self.compute(inputs)
         pull = torch.zeros_like(scores.logps)
-        with torch.cuda.graph(backward, pool=self.pool):
+        with torch.cuda.graph(backward, pool=self.pool, capture_error_mode=OWN_THREAD):
             gradients = torch.autograd.grad(scores.logps, self.parameters, pull)
             flat = torch.cat([gradient.flatten() for gradient in gradients])
         scores = TokenScores(*(value.detach() for value in scores))

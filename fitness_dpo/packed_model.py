@@ -22,7 +22,6 @@ from fitness_dpo.decoder import (
     rms_norm,
     row_layout,
 )  # fmt: skip
-from fitness_dpo.distributed import world_size
 from fitness_dpo.graphs import Recorder
 from fitness_dpo.logprobs import TokenScores, answer_logps, score_chunk
 from fitness_dpo.packing import PACKED, Packed
@@ -81,8 +80,7 @@ class PackedForward:
             self.layout = partial(kernel_layout, group=self.shape.heads // self.shape.key_heads)
             self.attend, self.chunk = attend_kernel, score_chunk_kernel
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # DDP ties the gradients to a stream that cannot be recorded
-        self.records = compiled and kernels and world_size() == 1
+        self.records = compiled and kernels
         self.tuned_scores = Recorder(self.score, parameters) if self.records else self.score
         self.model.forward = self
 

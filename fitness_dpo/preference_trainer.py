@@ -3,14 +3,15 @@
 The losses, their metrics and the training loop are TRL's and transformers' own. Import it after Unsloth.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import datasets
 import torch
 import trl
 
+from fitness_dpo import distributed
 from fitness_dpo.config import TrainConfig
 from fitness_dpo.health import Pairs
 from fitness_dpo.margins import each_pair
@@ -32,13 +33,18 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
 
     def __init__(self, config: TrainConfig, *, packed: bool, **given: Any) -> None:
         super().__init__(**given)
-        self.config, self.packed, self.share = config, packed, 1.0
+        self.config, self.packed = config, packed
         self.batch_sizes: list[int] = []
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.weights = self.model.num_parameters(exclude_embeddings=True)
         walk_less(self.model, self.trained)
         for parameter in self.trained:  # TRL rounds them to bfloat16 beside 4-bit weights, where small updates vanish
             parameter.data = parameter.data.float()
+        if self.args.world_size > 1:
+            distributed.agree([parameter.data for parameter in self.trained])
+            self.accelerator.gather = distributed.gather
+            # without DDP, whose hooks keep a step from being recorded: training_step averages the gradients
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         if packed:
             self.compiled = compiles(config.dpo.compile, planned_steps(self.args, len(self.train_dataset)))
             pairs = [*self.train_dataset, *(self.eval_dataset or [])]
@@ -47,7 +53,7 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
             )
             self.attention = forward.attend.__name__
             prefix = common_start(pair["prompt_ids"] for pair in pairs)
-            on_host = self.args.world_size == 1 and not set(self.loss_types) & NOT_ON_HOST
+            on_host = not set(self.loss_types) & NOT_ON_HOST
             if on_host and torch.cuda.is_available():
                 torch.set_num_threads(1)  # a loss is sooner computed than other threads are woken
             self.data_collator = PackedCollator(
@@ -120,20 +126,17 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
             self.data_collator = whole
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One batch, in its micro-batches: their gradients add up to that of the mean over all its pairs."""
-        parts = inputs.get(MICRO_BATCHES)
-        if parts is None:
-            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-            return loss
+        """One batch, in its micro-batches: their gradients add up to that of the mean over all its pairs, and before an optimizer
+        step to that over all processes' pairs."""
+        parts = inputs.get(MICRO_BATCHES, [inputs])
         shares = [len(part["input_ids"]) for part in parts]
         losses = []
-        for number, part in enumerate(parts):
-            self.share = shares[number] / sum(shares)
-            last = number == len(parts) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
+        for part, share in zip(parts, shares, strict=True):
+            self.share = share / sum(shares)
+            losses.append(super().training_step(model, part, num_items_in_batch))
         weigh_metrics(self._metrics["train"], [share / sum(shares) for share in shares])
-        self.share = 1.0
+        if self.args.world_size > 1 and self.accelerator.sync_gradients:
+            distributed.average([parameter.grad for parameter in self.trained])
         return torch.stack(losses).sum()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

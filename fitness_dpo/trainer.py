@@ -63,7 +63,6 @@ def dpo_arguments(config: TrainConfig, run: Path, dtype: torch.dtype, *, validat
         "seed": dpo.seed,
         "data_seed": dpo.seed,
         "use_cpu": not torch.cuda.is_available(),
-        "ddp_find_unused_parameters": False,  # every trained weight has a part in every pair
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_num_workers": 2 if torch.cuda.is_available() else 0,  # a GPU computes faster than one core collates
         "dataloader_persistent_workers": torch.cuda.is_available(),
@@ -99,6 +98,11 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> PreferenceTrainer:
     """A DPOTrainer over the train split that watches the validation split, where there is one."""
+    if config.dpo.micro_batch_tokens is not None and world_size() > 1:
+        raise InputError(
+            f"dpo.micro_batch_tokens={config.dpo.micro_batch_tokens}: {world_size()} processes would wait for one another at unlike "
+            "numbers of parts; set it to null and lower dpo.batch_size instead"
+        )
     template = ChatTemplate(policy.tokenizer)
     limit = config.model.max_length_tokens
     train = tokenize(splits["train"], template, limit)
