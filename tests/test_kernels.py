@@ -1,4 +1,5 @@
-"""The Triton kernels, interpreted on a CPU, against torch's own operations. A CPU build of torch brings no Triton."""
+"""The Triton kernels against torch's own operations: compiled where there is a GPU, else interpreted. A CPU build of torch brings
+no Triton."""
 
 import random
 
@@ -7,9 +8,14 @@ import torch
 
 from fitness_dpo.decoder import Shape, attend_rows, row_layout
 from fitness_dpo.logprobs import score_chunk
-from fitness_dpo.packing import pack, pad, usual
+from fitness_dpo.packing import Packed, pack, pad, usual
 
 pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def there(packed: Packed) -> Packed:
+    return Packed(*(tensor.to(DEVICE) for tensor in packed))
 
 
 @pytest.mark.parametrize(
@@ -27,12 +33,15 @@ def test_attention_and_its_gradients_are_those_of_plain_products(
 
     start = [draw.randrange(50) for _ in range(prefix)]
     pairs = [{"prompt_ids": start + ids(40), "chosen_ids": ids(150), "rejected_ids": ids(100)} for _ in range(3)]
-    packed = pack(pairs, 400, prefix)
+    packed = there(pack(pairs, 400, prefix))
     tokens, width = len(packed.ids), 32
-    given = pad(packed, 6 * 399, usual(pairs, prefix)) if filled else packed
+    given = there(pad(pack(pairs, 400, prefix), 6 * 399, usual(pairs, prefix))) if filled else packed
     torch.manual_seed(0)
     shape = Shape(heads, key_heads, width, 1e-6)
-    inputs = [torch.randn(len(given.ids), count, width, requires_grad=True) for count in (heads, key_heads, key_heads)]
+    inputs = [
+        torch.randn(len(given.ids), count, width, device=DEVICE, requires_grad=True)
+        for count in (heads, key_heads, key_heads)
+    ]
     query, key, value = inputs
     expected = attend_rows(query[:tokens], key[:tokens], value[:tokens], row_layout(packed), shape)
     found = attend_kernel(query, key, value, kernel_layout(given, heads // key_heads), shape)[:tokens]
@@ -47,7 +56,8 @@ def test_scores_over_a_vocabulary_are_those_of_log_softmax(vocabulary: int) -> N
     from fitness_dpo.vocabulary_kernel import score_chunk_kernel
 
     torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(5, 16), torch.randn(vocabulary, 16), torch.randint(vocabulary, (5,))
+    hidden, weight = torch.randn(5, 16, device=DEVICE), torch.randn(vocabulary, 16, device=DEVICE)
+    targets = torch.randint(vocabulary, (5,), device=DEVICE)
     targets[:2] = (hidden @ weight.T).argmax(-1)[:2]
     weight[targets[1] + 1] = weight[targets[1]]  # a tie: the first of the likeliest counts
     targets[2] = targets[1] + 1
