@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from trl.trainer.utils import FusedCausalLMOutput
 
 from fitness_dpo.config import LoraConfig
+from fitness_dpo.cpu_attention import attend_sequences, sequence_layout
 from fitness_dpo.decoder import (
     Adapted,
     Layer,
@@ -71,14 +72,18 @@ class PackedForward:
         self.base = [read_layer(layer, adapted=False) for layer in layers]
         ready: Any = partial(torch.compile, fullgraph=True) if compiled else lambda part: part
         self.before, self.after, self.chunk = map(ready, (before_attention, after_attention, score_chunk))
-        self.layout, self.attend = row_layout, attend_rows
+        group = self.shape.heads // self.shape.key_heads
         kernels = runs_kernels(self.model.get_input_embeddings().weight, self.shape.head_width)
         if kernels:
             from fitness_dpo.attention_kernels import attend_kernel, kernel_layout
             from fitness_dpo.vocabulary_kernel import score_chunk_kernel
 
-            self.layout = partial(kernel_layout, group=self.shape.heads // self.shape.key_heads)
-            self.attend, self.chunk = attend_kernel, score_chunk_kernel
+            self.layout, self.attend = partial(kernel_layout, group=group), attend_kernel
+            self.chunk = score_chunk_kernel
+        elif device.type == "cpu":
+            self.layout, self.attend = partial(sequence_layout, group=group), attend_sequences
+        else:
+            self.layout, self.attend = row_layout, attend_rows
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.records = compiled and kernels
         self.tuned_scores = Recorder(self.score, parameters) if self.records else self.score

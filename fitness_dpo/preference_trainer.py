@@ -33,7 +33,7 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
 
     def __init__(self, config: TrainConfig, *, packed: bool, **given: Any) -> None:
         super().__init__(**given)
-        self.config, self.packed = config, packed
+        self.config, self.packed, self.share = config, packed, 1.0
         self.batch_sizes: list[int] = []
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.weights = self.model.num_parameters(exclude_embeddings=True)
