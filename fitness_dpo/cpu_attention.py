@@ -3,7 +3,6 @@
 At some hundred tokens a sequence they are faster than torch's fused attention.
 """
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -14,20 +13,17 @@ from torch import Tensor
 from fitness_dpo.decoder import Layout, Shape
 from fitness_dpo.packing import Packed
 
+Span = tuple[slice, slice, Tensor]
+"""Of one sequence: its rows of queries, its keys, and which of its last keys come after each query."""
 
-class Spans:
-    """The sequences of a batch: which rows of queries each has, which keys, and what a query may not look at."""
 
-    def __init__(self, query_starts: Tensor, key_starts: Tensor, later: Tensor, group: int) -> None:
-        self.query_starts, self.key_starts, self.later, self.group = query_starts, key_starts, later, group
-
-    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        for (begin, end), (first, last) in zip(
-            pairwise(self.query_starts.tolist()), pairwise(self.key_starts.tolist()), strict=True
-        ):
-            rows = (end - begin) * self.group
-            if rows:
-                yield slice(begin * self.group, end * self.group), slice(first, last), self.later[:rows, : end - begin]
+def spans(query_starts: Tensor, key_starts: Tensor, later: Tensor, group: int) -> list[Span]:
+    sequences = zip(pairwise(query_starts.tolist()), pairwise(key_starts.tolist()), strict=True)
+    return [
+        (slice(begin * group, end * group), slice(first, last), later[: (end - begin) * group, : end - begin])
+        for (begin, end), (first, last) in sequences
+        if end > begin
+    ]
 
 
 class SequenceAttention(torch.autograd.Function):
@@ -35,19 +31,19 @@ class SequenceAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *layout: Tensor) -> Tensor:
-        keys, first, second, repeats, *sequences = layout
-        key_heads, scale = k.size(1), q.size(2) ** -0.5
-        spans = Spans(*sequences, q.size(1) // key_heads)
+        keys, first, second, repeats, query_starts, key_starts, later = layout
+        key_heads, ctx.scale = k.size(1), q.size(2) ** -0.5
+        ctx.group = q.size(1) // key_heads
+        ctx.spans = spans(query_starts, key_starts, later, ctx.group)
         queries, k, v = by_key_head(q, key_heads), k[keys].transpose(0, 1), v[keys].transpose(0, 1)
         weights, mixed = [], []
-        for rows, places, later in spans:
-            scores = scaled(queries[:, rows], k[:, places].mT, scale)
+        for rows, places, later in ctx.spans:
+            scores = scaled(queries[:, rows], k[:, places].mT, ctx.scale)
             scores[:, :, -later.size(1) :].masked_fill_(later, float("-inf"))
             weights.append(scores.softmax(-1))
             mixed.append(weights[-1] @ v[:, places])
         ctx.save_for_backward(queries, k, v, first, second, repeats, *weights)
-        ctx.spans, ctx.scale = spans, scale
-        return by_token(torch.cat(mixed, 1), spans.group)
+        return by_token(torch.cat(mixed, 1), ctx.group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,17 +57,19 @@ class SequenceAttention(torch.autograd.Function):
             into_q.append(scaled(change, k[:, places], ctx.scale))
             into_k.append(scaled(change.mT, queries[:, rows], ctx.scale))
         into_keys = (gathered(torch.cat(parts, 1), first, second, repeats) for parts in (into_k, into_v))
-        return by_token(torch.cat(into_q, 1), ctx.spans.group), *into_keys, *[None] * 7
+        return by_token(torch.cat(into_q, 1), ctx.group), *into_keys, *[None] * 7
 
 
 def by_key_head(x: Tensor, key_heads: int) -> Tensor:
     """(tokens, heads, width) -> (key heads, tokens * group, width)."""
-    return x.unflatten(1, (key_heads, -1)).transpose(0, 1).flatten(1, 2)
+    parts: Tensor = x.unflatten(1, (key_heads, -1))
+    return parts.transpose(0, 1).flatten(1, 2)
 
 
 def by_token(x: Tensor, group: int) -> Tensor:
     """(key heads, tokens * group, width) -> (tokens, heads, width)."""
-    return x.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
+    parts: Tensor = x.unflatten(1, (-1, group))
+    return parts.transpose(0, 1).flatten(1, 2)
 
 
 def scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:

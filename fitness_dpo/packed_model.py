@@ -1,6 +1,7 @@
 """A PEFT model's answer to TRL's call for log-probabilities, computed by decoder.py on packed pairs."""
 
 import importlib.util
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -73,6 +74,7 @@ class PackedForward:
         ready: Any = partial(torch.compile, fullgraph=True) if compiled else lambda part: part
         self.before, self.after, self.chunk = map(ready, (before_attention, after_attention, score_chunk))
         group = self.shape.heads // self.shape.key_heads
+        self.layout: Callable[[Packed], Layout]
         kernels = runs_kernels(self.model.get_input_embeddings().weight, self.shape.head_width)
         if kernels:
             from fitness_dpo.attention_kernels import attend_kernel, kernel_layout
