@@ -22,8 +22,6 @@ class Recording(NamedTuple):
     scores: TokenScores
     pull: Tensor
     """Gradient of the loss with respect to scores.logps, which the backward pass starts from."""
-    gradients: Tensor
-    """Those of all parameters, one behind the other."""
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
 
@@ -40,6 +38,8 @@ class Recorder:
         self.pool = torch.cuda.graph_pool_handle()
         self.seen: Counter[tuple[torch.Size, ...]] = Counter()
         self.recordings: dict[tuple[torch.Size, ...], Recording] = {}
+        self.gradients = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        """Where every recording leaves them, one behind the other."""
 
     def __call__(self, packed: Packed) -> TokenScores:
         if not torch.is_grad_enabled() or len(packed.ids) > LARGEST_TOKENS:
@@ -50,7 +50,7 @@ class Recorder:
             return self.compute(packed)
         if shape not in self.recordings:
             self.recordings[shape] = self.record(packed)
-        scores = Replay.apply(self.recordings[shape], packed, *self.parameters)  # type: ignore[no-untyped-call]
+        scores = Replay.apply(self.recordings[shape], self.gradients, packed, *self.parameters)  # type: ignore[no-untyped-call]
         return TokenScores(*scores)
 
     def record(self, packed: Packed) -> Recording:
@@ -69,18 +69,21 @@ class Recorder:
         pull = torch.zeros_like(scores.logps)
         with torch.cuda.graph(backward, pool=self.pool, capture_error_mode=OWN_THREAD):
             gradients = torch.autograd.grad(scores.logps, self.parameters, pull)
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.cat([gradient.flatten() for gradient in gradients], out=self.gradients)
         scores = TokenScores(*(value.detach() for value in scores))
-        return Recording(inputs, scores, pull, flat, forward, backward)
+        return Recording(inputs, scores, pull, forward, backward)
 
 
 class Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: Recording, packed: Packed, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, recording: Recording, gradients: Tensor, packed: Packed, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
         for kept, new in zip(recording.inputs, packed, strict=True):
             kept.copy_(new, non_blocking=True)
         recording.forward.replay()
-        ctx.recording, ctx.shapes = recording, [parameter.shape for parameter in parameters]
+        ctx.recording, ctx.gradients = recording, gradients
+        ctx.shapes = [parameter.shape for parameter in parameters]
         scores = tuple(value.clone() for value in recording.scores)
         ctx.mark_non_differentiable(*scores[1:])
         return scores
@@ -90,5 +93,5 @@ class Replay(torch.autograd.Function):
         recording: Recording = ctx.recording
         recording.pull.copy_(grads[0])
         recording.backward.replay()
-        parts = recording.gradients.clone().split([shape.numel() for shape in ctx.shapes])
-        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+        parts = ctx.gradients.clone().split([shape.numel() for shape in ctx.shapes])
+        return None, None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
