@@ -14,16 +14,18 @@ from fitness_dpo.decoder import Layout, Shape
 from fitness_dpo.packing import Packed
 
 Span = tuple[slice, slice, Tensor]
-"""Of one sequence: its rows of queries, its keys, and which of its last keys come after each query."""
+"""Of one sequence: its rows of queries, its keys, and what is added to their scores: -inf where a key comes later."""
 
 
-def spans(query_starts: Tensor, key_starts: Tensor, later: Tensor, group: int) -> list[Span]:
+def spans(query_starts: Tensor, key_starts: Tensor, mask: Tensor, group: int) -> list[Span]:
+    found, before = [], mask.size(1) - mask.size(0) // group
     sequences = zip(pairwise(query_starts.tolist()), pairwise(key_starts.tolist()), strict=True)
-    return [
-        (slice(begin * group, end * group), slice(first, last), later[: (end - begin) * group, : end - begin])
-        for (begin, end), (first, last) in sequences
-        if end > begin
-    ]
+    for (begin, end), (first, last) in sequences:
+        rows, keys = slice(begin * group, end * group), slice(first, last)
+        start = before - (last - first) + (end - begin)
+        if end > begin:
+            found.append((rows, keys, mask[: rows.stop - rows.start, start : start + last - first]))
+    return found
 
 
 class SequenceAttention(torch.autograd.Function):
@@ -31,15 +33,14 @@ class SequenceAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *layout: Tensor) -> Tensor:
-        keys, first, second, repeats, query_starts, key_starts, later = layout
+        keys, first, second, repeats, query_starts, key_starts, mask = layout
         key_heads, ctx.scale = k.size(1), q.size(2) ** -0.5
         ctx.group = q.size(1) // key_heads
-        ctx.spans = spans(query_starts, key_starts, later, ctx.group)
+        ctx.spans = spans(query_starts, key_starts, mask, ctx.group)
         queries, k, v = by_key_head(q, key_heads), k[keys].transpose(0, 1), v[keys].transpose(0, 1)
         weights, mixed = [], []
-        for rows, places, later in ctx.spans:
-            scores = scaled(queries[:, rows], k[:, places].mT, ctx.scale)
-            scores[:, :, -later.size(1) :].masked_fill_(later, float("-inf"))
+        for rows, places, unseen in ctx.spans:
+            scores = torch.baddbmm(unseen, queries[:, rows], k[:, places].mT, alpha=ctx.scale)
             weights.append(scores.softmax(-1))
             mixed.append(weights[-1] @ v[:, places])
         ctx.save_for_backward(queries, k, v, first, second, repeats, *weights)
@@ -84,12 +85,14 @@ def gathered(into: Tensor, first: Tensor, second: Tensor, repeats: Tensor) -> Te
     return total
 
 
-def sequence_layout(packed: Packed, group: int) -> Layout:
-    """What SequenceAttention reads beside queries, keys and values. `group` heads share a key head."""
-    longest = int(packed.query_starts.diff().max())
-    later = torch.ones(longest, longest, dtype=torch.bool).triu(1).repeat_interleave(group, 0)
+def sequence_layout(packed: Packed, group: int, dtype: torch.dtype) -> Layout:
+    """What SequenceAttention reads beside queries, keys and values of `dtype`. `group` heads share a key head."""
+    queries, keys = packed.query_starts.diff(), packed.key_starts.diff()
+    before, longest = int((keys - queries).max()), int(queries.max())
+    mask = torch.full((longest, before + longest), float("-inf"), dtype=dtype).triu(before + 1)
     return (
-        packed.keys, packed.first, packed.second, packed.repeats, packed.query_starts, packed.key_starts, later,
+        packed.keys, packed.first, packed.second, packed.repeats, packed.query_starts, packed.key_starts,
+        mask.repeat_interleave(group, 0),
     )  # fmt: skip
 
 

@@ -75,7 +75,8 @@ class PackedForward:
         self.before, self.after, self.chunk = map(ready, (before_attention, after_attention, score_chunk))
         group = self.shape.heads // self.shape.key_heads
         self.layout: Callable[[Packed], Layout]
-        kernels = runs_kernels(self.model.get_input_embeddings().weight, self.shape.head_width)
+        weight = self.model.get_input_embeddings().weight
+        kernels = runs_kernels(weight, self.shape.head_width)
         if kernels:
             from fitness_dpo.attention_kernels import attend_kernel, kernel_layout
             from fitness_dpo.vocabulary_kernel import score_chunk_kernel
@@ -83,7 +84,7 @@ class PackedForward:
             self.layout, self.attend = partial(kernel_layout, group=group), attend_kernel
             self.chunk = score_chunk_kernel
         elif device.type == "cpu":
-            self.layout, self.attend = partial(sequence_layout, group=group), attend_sequences
+            self.layout, self.attend = partial(sequence_layout, group=group, dtype=weight.dtype), attend_sequences
         else:
             self.layout, self.attend = row_layout, attend_rows
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
