@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fitness_dpo import runs
 from fitness_dpo.config import DataConfig, DpoConfig, HealthConfig, Hopeless, LoggingConfig
 from fitness_dpo.health import Verdict, judge
-from fitness_dpo.inference import ask, generate
+from fitness_dpo.inference import ask, generate, merged_for_now
 from fitness_dpo.model import Policy
 from fitness_dpo.tracking import Tracking
 
@@ -55,7 +55,8 @@ class Samples(TrainerCallback):
             or any(row["step"] == state.global_step for row in self.rows)
         ):
             return
-        answers = generate(self.policy, self.prompts, self.config.sampling)
+        with merged_for_now(self.policy.model):
+            answers = generate(self.policy, self.prompts, self.config.sampling)
         self.rows += [
             {"step": state.global_step, "prompt": prompt, "answer": answer}
             for prompt, answer in zip(self.config.sample_prompts, answers, strict=True)

@@ -8,6 +8,7 @@ from threading import Event
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -115,6 +116,26 @@ def answering(model: Any, sampling: SamplingConfig) -> Iterator[None]:
         finally:
             if training:
                 model.for_training() if hasattr(model, "for_training") else model.train()
+
+
+@contextmanager
+def merged_for_now(model: Any) -> Iterator[None]:
+    """Add the adapter into a copy of the weights for a few answers, which come a quarter sooner. Float32 on a CPU only: elsewhere a
+    copy is too large, rounds, or wins nothing."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if model.device.type != "cpu" or any(layer.weight.dtype != torch.float32 for layer in layers):
+        yield
+        return
+    weights = [layer.weight.data for layer in layers]
+    for layer in layers:
+        layer.weight.data = layer.weight.data.clone()
+    model.merge_adapter()
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight.data = weight
+            layer.merged_adapters.clear()
 
 
 def generation_config(policy: Policy, sampling: SamplingConfig) -> GenerationConfig:

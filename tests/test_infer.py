@@ -27,7 +27,7 @@ from fitness_dpo.bot import Bot, find, load, untuned
 from fitness_dpo.bulk import Question, answer_file, answered, as_line, read_questions
 from fitness_dpo.config import InferConfig, InputError
 from fitness_dpo.conversation import Conversation, fit
-from fitness_dpo.inference import generate, stream
+from fitness_dpo.inference import generate, merged_for_now, stream
 from fitness_dpo.model import Policy
 from fitness_dpo.template import ChatTemplate
 from fitness_dpo.terminal import converse
@@ -87,6 +87,19 @@ def test_streamed_merged_and_batched_answers_are_the_same(policy: Policy, bot: B
     assert ["".join(stream(policy, prompt, config.sampling)).strip() for prompt in prompts] == answers
     with untuned(policy.model):
         assert generate(policy, prompts, config.sampling) != answers
+
+
+def test_weights_hold_the_adapter_for_a_while_and_come_back_to_the_bit(
+    policy: Policy, bot: Bot, config: InferConfig
+) -> None:
+    prompts = [Conversation(policy, bot, config.sampling).prompt(question)[0] for question in QUESTIONS]
+    answers = generate(policy, prompts, config.sampling)
+    kept = {name: weight.clone() for name, weight in policy.model.named_parameters()}
+    with merged_for_now(policy.model):
+        assert any(not weight.equal(kept[name]) for name, weight in policy.model.named_parameters())
+        assert generate(policy, prompts, config.sampling) == answers
+    assert all(weight.equal(kept[name]) for name, weight in policy.model.named_parameters())
+    assert generate(policy, prompts, config.sampling) == answers
 
 
 def test_closing_a_stream_stops_the_model(policy: Policy, bot: Bot) -> None:
