@@ -78,7 +78,7 @@ def child(options: argparse.Namespace) -> None:
         "dpo.gradient_accumulation_steps=1", "dpo.save_steps=100000", f"dpo.max_steps={options.steps}",
         "model.max_length_tokens=8192", "dpo.warmup_ratio=0", f"dpo.learning_rate={options.learning_rate}", "logging.wandb.mode=disabled",
         f"model.gradient_checkpointing='{options.checkpointing}'", f"model.load_in_4bit={str(options.load_in_4bit).lower()}", f"model.dtype={options.dtype}",
-        *SYSTEMS[options.system],
+        *SYSTEMS[options.system], *options.set,
     ]  # fmt: skip
     if "transformers" in SYSTEMS[options.system][0] and options.checkpointing == "unsloth":
         overrides.append("model.gradient_checkpointing='true'")
@@ -149,7 +149,8 @@ def child(options: argparse.Namespace) -> None:
             return dataset
 
     packed = "dpo.forward=packed" in SYSTEMS[options.system]
-    arguments = dpo_arguments(config, Path(tempfile.mkdtemp()), compute_dtype(config.model.dtype), validate=False)
+    dtype = compute_dtype(config.model.dtype)
+    arguments = dpo_arguments(config, Path(tempfile.mkdtemp()), dtype, validate=False)
     arguments |= {"train_sampling_strategy": "sequential", "disable_tqdm": True}
     given: dict[str, Any] = {
         "model": policy.model, "train_dataset": datasets.Dataset.from_list(rows), "processing_class": policy.tokenizer,
@@ -177,7 +178,7 @@ def child(options: argparse.Namespace) -> None:
     tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
     typical = statistics.median(measured)
     print(json.dumps({
-        "pairs_per_second": options.batch / typical, "pairs_per_second_mean": options.batch * len(measured) / sum(measured),
+        "dtype": str(dtype).removeprefix("torch."), "pairs_per_second": options.batch / typical, "pairs_per_second_mean": options.batch * len(measured) / sum(measured),
         "tokens_per_second": tokens / len(rows) * options.batch / typical, "step_seconds": steps,
         "peak_gib": (torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30,
         "reference_seconds": reference_seconds, "first_step_seconds": Clock.ends[1] - started,
@@ -255,6 +256,7 @@ def main() -> None:
     )
     parser.add_argument("--checkpointing", choices=("false", "true", "unsloth"), default="false")
     parser.add_argument("--load-in-4bit", action="store_true")
+    parser.add_argument("--set", nargs="*", default=[], help="more overrides, such as dpo.micro_batch_tokens=1700")
     parser.add_argument(
         "--model", default="", help="a folder; by default Qwen3-0.6B's shape, on a CPU the embedded model"
     )
@@ -289,13 +291,14 @@ def main() -> None:
                     "--scale", str(options.scale), "--seed", str(options.seed), "--learning-rate", str(options.learning_rate), "--steps", str(options.steps), "--warmup", str(options.warmup),
                     "--dtype", options.dtype, "--checkpointing", options.checkpointing, *(["--load-in-4bit"] if options.load_in_4bit else []),
                     *(["--strict"] if options.strict else []), *(["--profile"] if options.profile else []),
+                    "--set", *options.set,
                 ]  # fmt: skip
                 shutil.rmtree(Path(folder) / "cache" / "reference", ignore_errors=True)
                 began = time.perf_counter()
                 done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
                 result: dict[str, Any] = {
-                    "system": name, "batch": batch, "rows": options.rows, "scale": options.scale, "seed": options.seed, "device": options.device, "dtype": options.dtype,
-                    "checkpointing": options.checkpointing, "4bit": options.load_in_4bit, "wall_seconds": time.perf_counter() - began,
+                    "system": name, "batch": batch, "rows": options.rows, "scale": options.scale, "seed": options.seed, "device": options.device,
+                    "checkpointing": options.checkpointing, "4bit": options.load_in_4bit, "set": options.set, "wall_seconds": time.perf_counter() - began,
                 }  # fmt: skip
                 if done.returncode:
                     lines = done.stderr.strip().splitlines()

@@ -45,7 +45,7 @@ def lengths(axes: Axes, results: list[dict[str, Any]]) -> None:
 def losses(axes: Axes, results: list[dict[str, Any]]) -> None:
     for result, dash in zip(results, itertools.cycle(DASHES), strict=False):
         smooth = np.convolve(result["loss"], np.full(SMOOTH, 1 / SMOOTH), mode="valid")
-        label = f"{result['system']}, seed {result['seed']}"
+        label = f"{result['system']}, {result['dtype']}, seed {result['seed']}"
         axes.plot(np.arange(SMOOTH, SMOOTH + len(smooth)), smooth, linestyle=dash, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss, mean of {SMOOTH} steps")
