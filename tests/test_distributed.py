@@ -20,12 +20,12 @@ def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> No
     shared = [
         *TINY,
         f"data.path={pairs_file}",
-        "dpo.batch_size=2",
+        "dpo.batch_size=1",
         "dpo.logging_steps=1",
         "dpo.learning_rate=1e-3",
         "dpo.warmup_ratio=0",
     ]
-    alone = run_verb("train", *shared, "dpo.gradient_accumulation_steps=2", cwd=tmp_path, OMP_NUM_THREADS="1")
+    alone = run_verb("train", *shared, "dpo.gradient_accumulation_steps=4", cwd=tmp_path, OMP_NUM_THREADS="1")
     assert alone.returncode == 0, alone.stderr
     (one,) = (tmp_path / "outputs").glob("*/*")
     home = tmp_path / "two"
@@ -33,7 +33,7 @@ def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> No
     cache = home / "cache"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     together = subprocess.run(
-        [*launcher, "fitness_dpo.train", *shared, "dpo.gradient_accumulation_steps=1"], cwd=home, capture_output=True,
+        [*launcher, "fitness_dpo.train", *shared, "dpo.gradient_accumulation_steps=2"], cwd=home, capture_output=True,
         text=True, check=False, timeout=400,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "FITNESS_DPO_CACHE": str(cache)},
     )  # fmt: skip
@@ -58,14 +58,15 @@ def test_two_processes_train_as_one_does(pairs_file: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mistake", ["data.path=nothing.json", "dpo.micro_batch_tokens=200"])
+def test_a_mistake_is_said_once(mistake: str, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     done = subprocess.run(
-        [*launcher, "fitness_dpo.train", *TINY, "data.path=nothing.json"], cwd=tmp_path, capture_output=True, text=True,
+        [*launcher, "fitness_dpo.train", *TINY, mistake], cwd=tmp_path, capture_output=True, text=True,
         check=False, timeout=400, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode != 0
-    assert done.stderr.count("error: data.path=nothing.json") == 1
+    assert done.stderr.count(f"error: {mistake}:") == 1
     assert not list(tmp_path.rglob("*.*"))
 
 
