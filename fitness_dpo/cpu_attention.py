@@ -18,6 +18,8 @@ Span = tuple[slice, slice, Tensor]
 
 
 def spans(query_starts: Tensor, key_starts: Tensor, mask: Tensor, group: int) -> list[Span]:
+    """Of all sequences that have queries. mask: (longest * group, before + longest), the part of it that a sequence reads ends where
+    its last key may be seen."""
     found, before = [], mask.size(1) - mask.size(0) // group
     sequences = zip(pairwise(query_starts.tolist()), pairwise(key_starts.tolist()), strict=True)
     for (begin, end), (first, last) in sequences:
@@ -34,13 +36,13 @@ class SequenceAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *layout: Tensor) -> Tensor:
         keys, first, second, repeats, query_starts, key_starts, mask = layout
-        key_heads, ctx.scale = k.size(1), q.size(2) ** -0.5
-        ctx.group = q.size(1) // key_heads
+        ctx.scale, ctx.group = q.size(2) ** -0.5, q.size(1) // k.size(1)
         ctx.spans = spans(query_starts, key_starts, mask, ctx.group)
-        queries, k, v = by_key_head(q, key_heads), k[keys].transpose(0, 1), v[keys].transpose(0, 1)
+        queries = by_key_head(q * ctx.scale, k.size(1))
+        k, v = k[keys].transpose(0, 1), v[keys].transpose(0, 1)
         weights, mixed = [], []
         for rows, places, unseen in ctx.spans:
-            scores = torch.baddbmm(unseen, queries[:, rows], k[:, places].mT, alpha=ctx.scale)
+            scores = torch.baddbmm(unseen, queries[:, rows], k[:, places].mT)
             weights.append(scores.softmax(-1))
             mixed.append(weights[-1] @ v[:, places])
         ctx.save_for_backward(queries, k, v, first, second, repeats, *weights)
@@ -55,10 +57,10 @@ class SequenceAttention(torch.autograd.Function):
             into_v.append(weight.mT @ grad[:, rows])
             pull = grad[:, rows] @ v[:, places].mT
             change = torch.ops.aten._softmax_backward_data(pull, weight, -1, weight.dtype)
-            into_q.append(scaled(change, k[:, places], ctx.scale))
-            into_k.append(scaled(change.mT, queries[:, rows], ctx.scale))
+            into_q.append(change @ k[:, places])
+            into_k.append(change.mT @ queries[:, rows])
         into_keys = (gathered(torch.cat(parts, 1), first, second, repeats) for parts in (into_k, into_v))
-        return by_token(torch.cat(into_q, 1), ctx.group), *into_keys, *[None] * 7
+        return by_token(torch.cat(into_q, 1).mul_(ctx.scale), ctx.group), *into_keys, *[None] * 7
 
 
 def by_key_head(x: Tensor, key_heads: int) -> Tensor:
@@ -71,10 +73,6 @@ def by_token(x: Tensor, group: int) -> Tensor:
     """(key heads, tokens * group, width) -> (tokens, heads, width)."""
     parts: Tensor = x.unflatten(1, (-1, group))
     return parts.transpose(0, 1).flatten(1, 2)
-
-
-def scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)
 
 
 def gathered(into: Tensor, first: Tensor, second: Tensor, repeats: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def shared_folder(folder: Path) -> Path:
 
 
 def gather(tensor: "Tensor") -> "Tensor":
-    """The tensors of all processes, one behind the other: by gloo what lies on the CPU, by NCCL what lies on a GPU."""
+    """(n, ...) of each process, alike in all -> (processes * n, ...); a number counts as one row. By gloo what lies on the CPU, by NCCL
+    what lies on a GPU, where accelerate's own takes all for the latter."""
     import torch
     import torch.distributed
 
@@ -77,7 +78,7 @@ def agree(tensors: "list[Tensor]") -> None:
 
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     torch.distributed.broadcast(flat, src=0)
-    scatter(flat, tensors)
+    fill(tensors, flat)
 
 
 def average(tensors: "list[Tensor]") -> None:
@@ -87,10 +88,11 @@ def average(tensors: "list[Tensor]") -> None:
 
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     torch.distributed.all_reduce(flat)
-    scatter(flat / world_size(), tensors)
+    fill(tensors, flat.div_(world_size()))
 
 
-def scatter(flat: "Tensor", tensors: "list[Tensor]") -> None:
+def fill(tensors: "list[Tensor]", flat: "Tensor") -> None:
+    """Put the numbers of `flat` into the tensors, one behind the other."""
     import torch
 
     parts = flat.split([tensor.numel() for tensor in tensors])

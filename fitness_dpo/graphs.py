@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +14,14 @@ from fitness_dpo.packing import Packed
 LARGEST_TOKENS = 16_384
 """Larger batches keep the GPU busy for longer than their launches take."""
 
-OWN_THREAD = "thread_local"
-"""What the loader's thread and NCCL's ask of the GPU meanwhile does not spoil a recording."""
-
 
 class Recording(NamedTuple):
     inputs: Packed
     scores: TokenScores
     pull: Tensor
     """Gradient of the loss with respect to scores.logps, which the backward pass starts from."""
+    gradients: Tensor
+    """Those of all parameters, one behind the other; the same place for all recordings."""
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
 
@@ -39,7 +39,6 @@ class Recorder:
         self.seen: Counter[tuple[torch.Size, ...]] = Counter()
         self.recordings: dict[tuple[torch.Size, ...], Recording] = {}
         self.gradients = torch.cat([parameter.detach().flatten() for parameter in parameters])
-        """Where every recording leaves them, one behind the other."""
 
     def __call__(self, packed: Packed) -> TokenScores:
         if not torch.is_grad_enabled() or len(packed.ids) > LARGEST_TOKENS:
@@ -50,7 +49,7 @@ class Recorder:
             return self.compute(packed)
         if shape not in self.recordings:
             self.recordings[shape] = self.record(packed)
-        scores = Replay.apply(self.recordings[shape], self.gradients, packed, *self.parameters)  # type: ignore[no-untyped-call]
+        scores = Replay.apply(self.recordings[shape], packed, *self.parameters)  # type: ignore[no-untyped-call]
         return TokenScores(*scores)
 
     def record(self, packed: Packed) -> Recording:
@@ -63,27 +62,26 @@ class Recorder:
             del warm
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.empty_cache()  # the recording takes its memory from a pool of its own
+        # what the loader's thread and NCCL's ask of the GPU meanwhile must not spoil the recording
+        capture = partial(torch.cuda.graph, pool=self.pool, capture_error_mode="thread_local")
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self.pool, capture_error_mode=OWN_THREAD):
+        with capture(forward):
             scores = self.compute(inputs)
         pull = torch.zeros_like(scores.logps)
-        with torch.cuda.graph(backward, pool=self.pool, capture_error_mode=OWN_THREAD):
+        with capture(backward):
             gradients = torch.autograd.grad(scores.logps, self.parameters, pull)
             torch.cat([gradient.flatten() for gradient in gradients], out=self.gradients)
         scores = TokenScores(*(value.detach() for value in scores))
-        return Recording(inputs, scores, pull, forward, backward)
+        return Recording(inputs, scores, pull, self.gradients, forward, backward)
 
 
 class Replay(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, recording: Recording, gradients: Tensor, packed: Packed, *parameters: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, recording: Recording, packed: Packed, *parameters: Tensor) -> tuple[Tensor, ...]:
         for kept, new in zip(recording.inputs, packed, strict=True):
             kept.copy_(new, non_blocking=True)
         recording.forward.replay()
-        ctx.recording, ctx.gradients = recording, gradients
-        ctx.shapes = [parameter.shape for parameter in parameters]
+        ctx.recording, ctx.shapes = recording, [parameter.shape for parameter in parameters]
         scores = tuple(value.clone() for value in recording.scores)
         ctx.mark_non_differentiable(*scores[1:])
         return scores
@@ -93,5 +91,5 @@ class Replay(torch.autograd.Function):
         recording: Recording = ctx.recording
         recording.pull.copy_(grads[0])
         recording.backward.replay()
-        parts = ctx.gradients.clone().split([shape.numel() for shape in ctx.shapes])
-        return None, None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+        parts = recording.gradients.clone().split([shape.numel() for shape in ctx.shapes])
+        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))

@@ -129,8 +129,8 @@ def merged_for_now(model: Any) -> Iterator[None]:
     weights = [layer.weight.data for layer in layers]
     for layer in layers:
         layer.weight.data = layer.weight.data.clone()
-    model.merge_adapter()
     try:
+        model.merge_adapter()
         yield
     finally:
         for layer, weight in zip(layers, weights, strict=True):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fitness_dpo.config import TrainConfig
-from fitness_dpo.distributed import rank
+from fitness_dpo.distributed import rank, world_size
 from fitness_dpo.logprobs import CHUNK_LOGITS, CHUNK_TOKENS
 from fitness_dpo.packed_model import KNOWN_MODELS
 from fitness_dpo.packing import bucket
@@ -109,7 +109,10 @@ def mends(config: TrainConfig) -> str:
         (True, f"model.max_length_tokens={model.max_length_tokens}"),
     ]
     switches = [
-        (dpo.micro_batch_tokens is None and dpo.batch_size > 1, f"dpo.micro_batch_tokens={model.max_length_tokens}"),
+        (
+            dpo.micro_batch_tokens is None and dpo.batch_size > 1 and world_size() == 1,
+            f"dpo.micro_batch_tokens={model.max_length_tokens}",
+        ),
         (model.gradient_checkpointing == "false", 'model.gradient_checkpointing="true"'),
         (not model.load_in_4bit, "model.load_in_4bit=true"),
     ]

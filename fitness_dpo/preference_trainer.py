@@ -12,7 +12,7 @@ import torch
 import trl
 
 from fitness_dpo import distributed
-from fitness_dpo.config import TrainConfig
+from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.health import Pairs
 from fitness_dpo.margins import each_pair
 from fitness_dpo.packed_model import PackedForward, starts_at_base
@@ -41,6 +41,10 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         for parameter in self.trained:  # TRL rounds them to bfloat16 beside 4-bit weights, where small updates vanish
             parameter.data = parameter.data.float()
         if self.args.world_size > 1:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise InputError(
+                    "accelerate launch: FSDP and DeepSpeed divide a model, and here each GPU holds a whole one; launch with --multi_gpu alone"
+                )
             distributed.agree([parameter.data for parameter in self.trained])
             self.accelerator.gather = distributed.gather
             # without DDP, whose hooks keep a step from being recorded: training_step averages the gradients

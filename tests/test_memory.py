@@ -11,7 +11,7 @@ WEIGHTS, ADAPTER = 596_049_920, 10_092_544  # of Qwen3-0.6B, and of r=16 on all 
 @pytest.mark.parametrize(
     ("packed", "fused", "tokens", "measured_gib"),
     [(True, True, 3_370, 7.18), (True, True, 12_474, 18.62), (True, True, 36_516, 48.35), (True, True, 48_401, 63.81),
-     (False, True, 6_256, 9.33), (False, True, 33_728, 42.68), (False, False, 5_856, 13.27)],
+     (False, True, 6_256, 9.33), (False, True, 33_728, 42.68), (False, False, 5_856, 14.14)],
 )  # fmt: skip
 def test_the_estimate_is_within_a_fifth_of_the_peak(
     packed: bool, fused: bool, tokens: int, measured_gib: float

@@ -45,7 +45,8 @@ class DpoConfig:
     """Compile the packed forward's layers: `true`, `false`, or `auto`, which does on a GPU for runs of 300 steps and more."""
     micro_batch_tokens: int | None = MISSING
     """Divide a batch into parts of at most this many tokens (prompt, chosen and rejected), pairs of like length
-    together; the gradient stays that of the whole batch. Null computes a batch at once."""
+    together; the gradient stays that of the whole batch. Null computes a batch at once. Not where several processes train
+    together."""
     learning_rate: float = MISSING
     lr_scheduler: str = MISSING
     warmup_ratio: float = MISSING
