@@ -23,8 +23,6 @@ from fitness_dpo.items import Items
 from fitness_dpo.judge import Judge, Missing, at_equal_length, judge_all, judgement, length_controlled, parse
 from fitness_dpo.weights import locate
 
-pytest.importorskip("openai")
-
 QUESTIONS = [
     {"id": f"q{place}", "prompt": f"Question {place}?", "reference": "Rest.", "base": base, "tuned": tuned}
     for place, (base, tuned) in enumerate(

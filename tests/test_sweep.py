@@ -358,7 +358,7 @@ def grid(pairs_file: Path) -> list[str]:
 @pytest.mark.slow
 def test_two_at_once_and_ray_give_the_numbers_of_one_after_another(pairs_file: Path, tmp_path: Path) -> None:
     """Ray on a cluster of its own, with two GPUs that only Ray believes in."""
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="an extra beside the lock: pip install fitness-dpo[ray]")
     words = [
         *QUIET, "dpo.beta=0.05,0.1,0.3", "dpo.warmup_ratio=0", "dpo.learning_rate=1e-3", "dpo.max_steps=4", f"data.path={pairs_file}",
     ]  # fmt: skip
