@@ -46,12 +46,12 @@ def convert_smollm2(folder: Path) -> None:
     special = {"bos_token_id": tokens.index("<|im_start|>"), "eos_token_id": tokens.index("<|im_end|>"), "pad_token_id": tokens.index("<|endoftext|>")}  # fmt: skip
     weights = {}
     for tensor in reader.tensors:
-        name = ".".join(NAMES.get(part, part) for part in tensor.name.split("."))
+        parts = tensor.name.split(".")
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        if "attn_q" in tensor.name or "attn_k." in tensor.name:  # llama.cpp rotates neighbours, transformers halves
-            pairs = values.reshape(heads if "attn_q" in tensor.name else key_heads, -1, 2, values.shape[-1])
-            values = pairs.swapaxes(1, 2).reshape(values.shape)
-        weights[name] = torch.tensor(values, dtype=torch.bfloat16)
+        for part, count in (("attn_q", heads), ("attn_k", key_heads)):
+            if part in parts:  # llama.cpp rotates neighbours, transformers halves
+                values = values.reshape(count, -1, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
+        weights[".".join(NAMES.get(part, part) for part in parts)] = torch.tensor(values, dtype=torch.bfloat16)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = special | {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "tie_word_embeddings": True,
