@@ -30,6 +30,11 @@ class Adapted(NamedTuple):
     """The first output of each adapted layer."""
     scales: list[float]
 
+    def apart(self) -> "Adapted":
+        """The same weights, with factors that are tensors of their own in the parameters' memory."""
+        a, b = ([factor.detach().requires_grad_() for factor in factors] for factors in (self.a, self.b))
+        return self._replace(a=a, b=b)
+
 
 class Layer(NamedTuple):
     attention_norm: Tensor
@@ -40,6 +45,16 @@ class Layer(NamedTuple):
     mlp_norm: Tensor
     gate_up: Adapted
     down: Adapted
+
+    def factors(self) -> list[Tensor]:
+        """LoRA's, the parameters that are trained."""
+        parts = (self.qkv, self.output, self.gate_up, self.down)
+        return [factor for part in parts for factor in (*part.a, *part.b)]
+
+    def each(self, change: Callable[[Adapted], Adapted]) -> "Layer":
+        return self._replace(
+            qkv=change(self.qkv), output=change(self.output), gate_up=change(self.gate_up), down=change(self.down)
+        )
 
 
 class Shape(NamedTuple):

@@ -1,6 +1,5 @@
 """CUDA graphs of a forward and a backward pass: the GPU repeats a recorded step without waiting for Python's launches."""
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fitness_dpo.decoder import Adapted, Layer
 from fitness_dpo.logprobs import TokenScores
 from fitness_dpo.packing import Packed
 
@@ -27,50 +27,60 @@ class Recording(NamedTuple):
 
 
 class Recorder:
-    """Computes `compute(packed)` with gradients for `parameters`, from a recording where the batch's shape was seen before.
+    """Computes `score(packed, layers)` with gradients for the layers' factors, from a recording of the batch's shape.
 
-    A shape is recorded when it comes a second time. All recordings share one pool of memory, so each replay
-    of a forward pass must be followed by its backward pass before the next one.
+    All recordings share one pool of memory, so each replay of a forward pass must be followed by its backward pass before the
+    next one. A pool's pieces are as large as its first recording wanted them, so that a larger shape starts a new one: the
+    largest shape is then recorded first, and the others fit into its pieces.
     """
 
-    def __init__(self, compute: Callable[[Packed], TokenScores], parameters: list[Tensor]) -> None:
-        self.compute, self.parameters = compute, parameters
-        self.pool = torch.cuda.graph_pool_handle()
-        self.seen: Counter[tuple[torch.Size, ...]] = Counter()
-        self.recordings: dict[tuple[torch.Size, ...], Recording] = {}
-        self.gradients = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    def __init__(self, score: Callable[[Packed, list[Layer]], TokenScores], layers: list[Layer]) -> None:
+        self.score, self.layers = score, layers
+        self.parameters = [factor for layer in layers for factor in layer.factors()]
+        self.aside = torch.cuda.Stream()  # cuBLAS keeps a workspace of 32 MiB for each stream it meets
+        self.gradients = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+        self.start(0)
 
     def __call__(self, packed: Packed) -> TokenScores:
-        if not torch.is_grad_enabled() or len(packed.ids) > LARGEST_TOKENS:
-            return self.compute(packed)
-        shape = tuple(tensor.shape for tensor in packed)
-        self.seen[shape] += 1
-        if self.seen[shape] == 1:
-            return self.compute(packed)
+        tokens, shape = len(packed.ids), tuple(tensor.shape for tensor in packed)
+        if not torch.is_grad_enabled() or tokens > LARGEST_TOKENS:
+            return self.score(packed, self.layers)
+        if tokens > self.largest:
+            self.start(tokens)
         if shape not in self.recordings:
             self.recordings[shape] = self.record(packed)
         scores = Replay.apply(self.recordings[shape], packed, *self.parameters)  # type: ignore[no-untyped-call]
         return TokenScores(*scores)
 
+    def start(self, largest: int) -> None:
+        torch.cuda.synchronize()  # the old pool may be under the last step's replay, on another stream than it was made on
+        self.largest = largest
+        self.recordings: dict[tuple[torch.Size, ...], Recording] = {}
+        self.pool = torch.cuda.MemPool()
+
     def record(self, packed: Packed) -> Recording:
+        # a graph that still waits for its backward pass has nodes at the parameters themselves, which belong to its own stream
+        layers = [layer.each(Adapted.apart) for layer in self.layers]
+        factors = [factor for layer in layers for factor in layer.factors()]
         inputs = Packed(*(tensor.clone() for tensor in packed))
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what is set up at a first call must not be recorded
-            warm = self.compute(inputs)
-            torch.autograd.grad(warm.logps, self.parameters, torch.zeros_like(warm.logps))
-            del warm
-        torch.cuda.current_stream().wait_stream(aside)
-        torch.cuda.empty_cache()  # the recording takes its memory from a pool of its own
-        # what the loader's thread and NCCL's ask of the GPU meanwhile must not spoil the recording
-        capture = partial(torch.cuda.graph, pool=self.pool, capture_error_mode="thread_local")
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with capture(forward):
-            scores = self.compute(inputs)
-        pull = torch.zeros_like(scores.logps)
-        with capture(backward):
-            gradients = torch.autograd.grad(scores.logps, self.parameters, pull)
-            torch.cat([gradient.flatten() for gradient in gradients], out=self.gradients)
+        # what the loader's thread and NCCL's ask of the GPU meanwhile must not spoil the recording
+        pool: Any = self.pool.id
+        capture = partial(torch.cuda.graph, pool=pool, stream=self.aside, capture_error_mode="thread_local")
+        torch.cuda.empty_cache()
+        self.aside.wait_stream(torch.cuda.current_stream())
+        with torch.autograd.set_multithreading_enabled(False):  # the pool is this thread's
+            with torch.cuda.stream(self.aside), torch.cuda.use_mem_pool(self.pool):
+                warm = self.score(inputs, layers)  # what is set up at a first call must not be recorded
+                torch.autograd.grad(warm.logps, factors, torch.zeros_like(warm.logps))
+                del warm
+            with capture(forward):
+                scores = self.score(inputs, layers)
+            pull = torch.zeros_like(scores.logps)
+            with capture(backward):
+                gradients = torch.autograd.grad(scores.logps, factors, pull)
+                torch.cat([gradient.flatten() for gradient in gradients], out=self.gradients)
+        torch.cuda.current_stream().wait_stream(self.aside)
         scores = TokenScores(*(value.detach() for value in scores))
         return Recording(inputs, scores, pull, self.gradients, forward, backward)
 

@@ -87,9 +87,10 @@ class PackedForward:
             self.layout, self.attend = partial(sequence_layout, group=group, dtype=weight.dtype), attend_sequences
         else:
             self.layout, self.attend = row_layout, attend_rows
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.records = compiled and kernels
-        self.tuned_scores = Recorder(self.score, parameters) if self.records else self.score
+        self.tuned_scores: Callable[[Packed], TokenScores] = (
+            Recorder(self.score, self.tuned) if self.records else self.score
+        )
         self.model.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +119,6 @@ class PackedForward:
         layout = self.layout(packed)
         self.mark(cos, sin)
         for layer in layers or self.tuned:
-            self.mark(x)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.run, x, cos, sin, layout, layer, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -133,7 +133,8 @@ class PackedForward:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, layer: Layer) -> Tensor:
-        layer = dense(layer)
+        layer = layer.each(unpack)
+        self.mark(x)
         query, key, value = self.before(x, cos, sin, layer, self.shape)
         attended = self.attend(query, key, value, layout, self.shape)
         self.mark(attended)
@@ -202,14 +203,8 @@ def read_adapted(modules: list[Any], *, adapted: bool) -> Adapted:
     )
 
 
-def dense(layer: Layer) -> Layer:
-    """The layer with 4-bit weights unpacked to the compute dtype; others as they are."""
-    return layer._replace(
-        qkv=unpack(layer.qkv), output=unpack(layer.output), gate_up=unpack(layer.gate_up), down=unpack(layer.down)
-    )
-
-
 def unpack(layer: Adapted) -> Adapted:
+    """With 4-bit weights unpacked to the compute dtype; others as they are."""
     states = [getattr(weight, "quant_state", None) for weight in layer.weights]
     if states[0] is None:
         return layer

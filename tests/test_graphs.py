@@ -1,0 +1,50 @@
+"""Steps replayed from a recording against the same steps launched one by one, on an NVIDIA GPU from Ampere on."""
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from fitness_dpo.graphs import Recorder
+from fitness_dpo.packed_model import PackedForward
+from fitness_dpo.packing import Packed, pack
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs want a GPU")
+
+
+def batch(pairs: int) -> Packed:
+    examples = [
+        {side: torch.randint(3, 500, (9 * pair + length,)).tolist() for side, length in SIDES.items()}
+        for pair in range(pairs)
+    ]
+    return Packed(*(tensor.cuda() for tensor in pack(examples, 200)))
+
+
+SIDES = {"prompt_ids": 12, "chosen_ids": 30, "rejected_ids": 21}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_replayed_step_is_the_step_launched_one_by_one(checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32,
+    )  # fmt: skip
+    base: Any = Qwen3ForCausalLM(config).bfloat16()
+    model: Any = peft.get_peft_model(base.cuda(), peft.LoraConfig(r=16, target_modules="all-linear"))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    plain = PackedForward(model, compiled=True, checkpointing=False)
+    recorded = PackedForward(model, compiled=True, checkpointing=checkpointing)
+    for pairs in (2, 5, 3, 2, 5, 3, 6, 2):  # the second and the seventh are larger than any before
+        packed = batch(pairs)
+        for parameter in parameters:
+            parameter.data.normal_(0, 0.05)
+        expected, found = plain.score(packed), recorded.tuned_scores(packed)
+        pull = torch.randn_like(expected.logps)
+        gradients = [torch.autograd.grad(scores.logps, parameters, pull) for scores in (found, expected)]
+        for mine, theirs in zip((found.logps, *gradients[0]), (expected.logps, *gradients[1]), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=float(theirs.detach().abs().max()) * 2**-6)
+    assert isinstance(recorded.tuned_scores, Recorder)
+    assert len(recorded.tuned_scores.recordings) == 2, "of the shapes since the largest came"
