@@ -83,12 +83,10 @@ def warn_of_memory(config: TrainConfig, trainer: PreferenceTrainer) -> None:
         list(trainer.train_dataset), config.dpo.batch_size, config.dpo.micro_batch_tokens, packed=trainer.packed
     )
     item_bytes = model.get_input_embeddings().weight.element_size()
-    checkpointing = config.model.gradient_checkpointing
-    if checkpointing == "unsloth" and (trainer.packed or config.model.backend != "unsloth"):
-        checkpointing = "true"
     wanted = trained_bytes(sum(weight.numel() for weight in trainer.trained)) + activation_bytes(
         Decoder.of(model.config), tokens, item_bytes, packed=trainer.packed,
-        fused=trainer.compiled if trainer.packed else config.model.backend == "unsloth", checkpointing=checkpointing,
+        fused=trainer.compiled if trainer.packed else config.model.backend == "unsloth",
+        checkpointing=config.model.gradient_checkpointing,
     )  # fmt: skip
     held = torch.cuda.memory_allocated()  # the weights, by now
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - held

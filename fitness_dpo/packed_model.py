@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from trl.trainer.utils import FusedCausalLMOutput
 
+from fitness_dpo.checkpointing import HostRoom, Recomputed
 from fitness_dpo.config import LoraConfig
 from fitness_dpo.cpu_attention import attend_sequences, sequence_layout
 from fitness_dpo.decoder import (
@@ -55,11 +55,12 @@ class PackedForward:
     The reference is the policy without its adapter, so the adapter has to start at zero (`starts_at_base`).
     """
 
-    def __init__(self, model: Any, *, compiled: bool, checkpointing: bool) -> None:
-        """`compiled` also records CUDA graphs, where the GPU runs the kernels."""
+    def __init__(self, model: Any, *, compiled: bool, checkpointing: str) -> None:
+        """`compiled` also records CUDA graphs, where the GPU runs the kernels. `checkpointing` is the setting: layers keep their
+        inputs where they are with `true`, and in the host's memory with `unsloth`, as Unsloth does."""
         self.model = model.get_base_model()
         self.otherwise = self.model.forward
-        self.compiled, self.checkpointing = compiled, checkpointing
+        self.compiled, self.checkpoints = compiled, checkpointing != "false"
         config, device = self.model.config, self.model.device
         self.shape = Shape(
             config.num_attention_heads, config.num_key_value_heads,
@@ -76,6 +77,9 @@ class PackedForward:
         group = self.shape.heads // self.shape.key_heads
         self.layout: Callable[[Packed], Layout]
         weight = self.model.get_input_embeddings().weight
+        self.host: HostRoom | None = None
+        if checkpointing == "unsloth" and weight.is_cuda:
+            self.host = HostRoom(len(layers), config.hidden_size, weight.dtype)
         kernels = runs_kernels(weight, self.shape.head_width)
         if kernels:
             from fitness_dpo.attention_kernels import attend_kernel, kernel_layout
@@ -118,11 +122,11 @@ class PackedForward:
         cos, sin = ((wave * self.rope_scale).to(x.dtype) for wave in (angles.cos(), angles.sin()))
         layout = self.layout(packed)
         self.mark(cos, sin)
-        for layer in layers or self.tuned:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self.run, x, cos, sin, layout, layer, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = self.run(x, cos, sin, layout, layer)
+        checkpoints = self.checkpoints and torch.is_grad_enabled()
+        rooms = self.host(len(x)) if self.host and checkpoints else [None] * len(self.tuned)
+        for layer, room in zip(layers or self.tuned, rooms, strict=True):
+            run = partial(self.run, cos=cos, sin=sin, layout=layout, layer=layer)
+            x = Recomputed.apply(run, room, x, *layer.factors()) if checkpoints else run(x)  # type: ignore[no-untyped-call]
         hidden = rms_norm(x[packed.sources], backbone.norm.weight, self.shape.norm_epsilon)
         return answer_logps(hidden, self.model.get_output_embeddings().weight, packed.targets, self.chunk)
 

@@ -53,7 +53,7 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
             self.compiled = compiles(config.dpo.compile, planned_steps(self.args, len(self.train_dataset)))
             pairs = [*self.train_dataset, *(self.eval_dataset or [])]
             forward = PackedForward(
-                self.model, compiled=self.compiled, checkpointing=config.model.gradient_checkpointing != "false"
+                self.model, compiled=self.compiled, checkpointing=config.model.gradient_checkpointing
             )
             self.attention = forward.attend.__name__
             prefix = common_start(pair["prompt_ids"] for pair in pairs)

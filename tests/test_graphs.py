@@ -25,8 +25,8 @@ def batch(pairs: int) -> Packed:
 SIDES = {"prompt_ids": 12, "chosen_ids": 30, "rejected_ids": 21}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_replayed_step_is_the_step_launched_one_by_one(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", ["false", "true", "unsloth"])
+def test_a_replayed_step_is_the_step_launched_one_by_one(checkpointing: str) -> None:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
@@ -35,7 +35,7 @@ def test_a_replayed_step_is_the_step_launched_one_by_one(checkpointing: bool) ->
     base: Any = Qwen3ForCausalLM(config).bfloat16()
     model: Any = peft.get_peft_model(base.cuda(), peft.LoraConfig(r=16, target_modules="all-linear"))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    plain = PackedForward(model, compiled=True, checkpointing=False)
+    plain = PackedForward(model, compiled=True, checkpointing="false")
     recorded = PackedForward(model, compiled=True, checkpointing=checkpointing)
     for pairs in (2, 5, 3, 2, 5, 3, 6, 2):  # the second and the seventh are larger than any before
         packed = batch(pairs)

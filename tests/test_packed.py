@@ -140,7 +140,7 @@ def test_log_probabilities_of_every_family_are_the_models_own(family: str, prefi
     with torch.no_grad():
         every = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
         expected = every[:, :-1].gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
-        PackedForward(model, compiled=False, checkpointing=False)
+        PackedForward(model, compiled=False, checkpointing="false")
         found = model(input_ids=batch["input_ids"], labels=labels, fused_lm_head=True, packed=batch["packed"]).log_probs
     mask = batch["completion_mask"][:, 1:].bool()
     torch.testing.assert_close(found[mask], expected[mask], rtol=1e-5, atol=1e-5)
