@@ -181,6 +181,7 @@ def child(options: argparse.Namespace) -> None:
         "dtype": str(dtype).removeprefix("torch."), "pairs_per_second": options.batch / typical, "pairs_per_second_mean": options.batch * len(measured) / sum(measured),
         "tokens_per_second": tokens / len(rows) * options.batch / typical, "step_seconds": steps,
         "peak_gib": (torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if gpu else None,
         "reference_seconds": reference_seconds, "first_step_seconds": Clock.ends[1] - started,
         "loss": torch.stack(Steps.losses).tolist(),
     }))  # fmt: skip
@@ -317,8 +318,9 @@ def line(result: dict[str, Any]) -> str:
     head = f"{result['system']:36} batch {result['batch']:4}"
     if "failed" in result:
         return f"{head}  {result['failed']}"
+    held = f" ({result['reserved_gib']:.2f} held)" if result["reserved_gib"] else ""
     return (
-        f"{head}  {result['pairs_per_second']:7.2f} pairs/s  {result['tokens_per_second']:8.0f} tokens/s  {result['peak_gib']:6.2f} GiB  "
+        f"{head}  {result['pairs_per_second']:7.2f} pairs/s  {result['tokens_per_second']:8.0f} tokens/s  {result['peak_gib']:6.2f} GiB{held}  "
         f"reference {result['reference_seconds']:6.1f} s  first step {result['first_step_seconds']:6.1f} s  "
         f"loss {result['loss'][0]:.4f} to {result['loss'][-1]:.4f}"
     )
