@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 class Recomputed(torch.autograd.Function):
-    """`layer(x)`, x: (tokens, hidden), with gradients for x and the layer's `parameters`. Until then x is kept in `host`, if given."""
+    """`layer(x)`, x: (tokens, hidden), with gradients for x and the layer's `parameters`. Until the backward pass x waits in
+    `host`, if given."""
 
     @staticmethod
     def forward(
@@ -21,14 +22,16 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x = ctx.kept.to(grad.device, non_blocking=True).detach().requires_grad_()
+        kept, ctx.kept = ctx.kept, None
+        x = kept.to(grad.device, non_blocking=True).detach().requires_grad_()
         with torch.enable_grad():
             result = ctx.layer(x)
         return None, None, *torch.autograd.grad(result, (x, *ctx.parameters), grad)
 
 
 class HostRoom:
-    """Page-locked memory in which layers' inputs wait: the next batch takes the same place."""
+    """Page-locked memory in which layers' inputs wait. The next batch takes the same place, so each forward pass must be followed
+    by its backward pass before the next one."""
 
     def __init__(self, layers: int, hidden: int, dtype: torch.dtype) -> None:
         self.layers, self.hidden, self.dtype = layers, hidden, dtype

@@ -31,9 +31,12 @@ class Adapted(NamedTuple):
     scales: list[float]
 
     def apart(self) -> "Adapted":
-        """The same weights, with factors that are tensors of their own in the parameters' memory."""
-        a, b = ([factor.detach().requires_grad_() for factor in factors] for factors in (self.a, self.b))
-        return self._replace(a=a, b=b)
+        """The same weights, with factors that are parameters of their own in the same memory."""
+
+        def own(factor: Tensor) -> Tensor:
+            return torch.nn.Parameter(factor.detach())
+
+        return self._replace(a=[*map(own, self.a)], b=[*map(own, self.b)])
 
 
 class Layer(NamedTuple):

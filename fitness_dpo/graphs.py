@@ -1,5 +1,6 @@
 """CUDA graphs of a forward and a backward pass: the GPU repeats a recorded step without waiting for Python's launches."""
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,8 +31,8 @@ class Recorder:
     """Computes `score(packed, layers)` with gradients for the layers' factors, from a recording of the batch's shape.
 
     All recordings share one pool of memory, so each replay of a forward pass must be followed by its backward pass before the
-    next one. A pool's pieces are as large as its first recording wanted them, so that a larger shape starts a new one: the
-    largest shape is then recorded first, and the others fit into its pieces.
+    next one. A batch with more tokens than any before discards all recordings and starts a new pool: the pieces of a pool are
+    as large as its first recording wants them, and smaller ones fit in.
     """
 
     def __init__(self, score: Callable[[Packed, list[Layer]], TokenScores], layers: list[Layer]) -> None:
@@ -39,7 +40,7 @@ class Recorder:
         self.parameters = [factor for layer in layers for factor in layer.factors()]
         self.aside = torch.cuda.Stream()  # cuBLAS keeps a workspace of 32 MiB for each stream it meets
         self.gradients = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
-        self.start(0)
+        self.largest = 0
 
     def __call__(self, packed: Packed) -> TokenScores:
         tokens, shape = len(packed.ids), tuple(tensor.shape for tensor in packed)
@@ -54,12 +55,13 @@ class Recorder:
 
     def start(self, largest: int) -> None:
         torch.cuda.synchronize()  # the old pool may be under the last step's replay, on another stream than it was made on
+        gc.collect()  # a recorder that was discarded frees its pool, which would break a recording off
         self.largest = largest
         self.recordings: dict[tuple[torch.Size, ...], Recording] = {}
         self.pool = torch.cuda.MemPool()
 
     def record(self, packed: Packed) -> Recording:
-        # a graph that still waits for its backward pass has nodes at the parameters themselves, which belong to its own stream
+        # a graph that still waits for its backward pass keeps nodes at the parameters, on the stream of its forward pass
         layers = [layer.each(Adapted.apart) for layer in self.layers]
         factors = [factor for layer in layers for factor in layer.factors()]
         inputs = Packed(*(tensor.clone() for tensor in packed))
@@ -67,7 +69,7 @@ class Recorder:
         # what the loader's thread and NCCL's ask of the GPU meanwhile must not spoil the recording
         pool: Any = self.pool.id
         capture = partial(torch.cuda.graph, pool=pool, stream=self.aside, capture_error_mode="thread_local")
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # the pool can't have what lies free outside it
         self.aside.wait_stream(torch.cuda.current_stream())
         with torch.autograd.set_multithreading_enabled(False):  # the pool is this thread's
             with torch.cuda.stream(self.aside), torch.cuda.use_mem_pool(self.pool):

@@ -30,6 +30,8 @@ from fitness_dpo.packing import PACKED, Packed
 
 KNOWN_MODELS = ("llama", "qwen2", "qwen3")
 KERNEL_WIDTHS = (32, 64, 128)
+FIRST_TORCH_TO_RECORD = "2.8"
+"""Earlier ones end the process where a pool of memory is discarded while a recording in it is in use, or know no such pools."""
 KNOWN_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -91,9 +93,9 @@ class PackedForward:
             self.layout, self.attend = partial(sequence_layout, group=group, dtype=weight.dtype), attend_sequences
         else:
             self.layout, self.attend = row_layout, attend_rows
-        self.records = compiled and kernels
+        self.records = compiled and kernels and torch.__version__ >= FIRST_TORCH_TO_RECORD
         self.tuned_scores: Callable[[Packed], TokenScores] = (
-            Recorder(self.score, self.tuned) if self.records else self.score
+            Recorder(self.score, self.tuned) if self.records else partial(self.score, layers=self.tuned)
         )
         self.model.forward = self
 
@@ -114,8 +116,8 @@ class PackedForward:
             is_top1=is_top1.bool(),
         )  # fmt: skip
 
-    def score(self, packed: Packed, layers: list[Layer] | None = None) -> TokenScores:
-        """Of the answers' tokens; by the policy unless `layers` are the base's."""
+    def score(self, packed: Packed, layers: list[Layer]) -> TokenScores:
+        """Of the answers' tokens."""
         backbone = self.model.model
         x = backbone.embed_tokens(packed.ids)
         angles = packed.positions[:, None, None] * torch.cat([self.frequencies] * 2)
@@ -123,8 +125,8 @@ class PackedForward:
         layout = self.layout(packed)
         self.mark(cos, sin)
         checkpoints = self.checkpoints and torch.is_grad_enabled()
-        rooms = self.host(len(x)) if self.host and checkpoints else [None] * len(self.tuned)
-        for layer, room in zip(layers or self.tuned, rooms, strict=True):
+        rooms = self.host(len(x)) if self.host and checkpoints else [None] * len(layers)
+        for layer, room in zip(layers, rooms, strict=True):
             run = partial(self.run, cos=cos, sin=sin, layout=layout, layer=layer)
             x = Recomputed.apply(run, room, x, *layer.factors()) if checkpoints else run(x)  # type: ignore[no-untyped-call]
         hidden = rms_norm(x[packed.sources], backbone.norm.weight, self.shape.norm_epsilon)
