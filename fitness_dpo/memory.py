@@ -112,6 +112,10 @@ def mends(config: TrainConfig) -> str:
             f"dpo.micro_batch_tokens={model.max_length_tokens}",
         ),
         (model.gradient_checkpointing == "false", 'model.gradient_checkpointing="true"'),
+        (
+            model.gradient_checkpointing == "true" and model.backend == "unsloth",
+            "model.gradient_checkpointing=unsloth",
+        ),
         (not model.load_in_4bit, "model.load_in_4bit=true"),
     ]
     lower = ", ".join(mend for possible, mend in numbers if possible)
