@@ -178,7 +178,7 @@ def child(options: argparse.Namespace) -> None:
     tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
     typical = statistics.median(measured)
     print(json.dumps({
-        "dtype": str(dtype).removeprefix("torch."), "pairs_per_second": options.batch / typical, "pairs_per_second_mean": options.batch * len(measured) / sum(measured),
+        "dtype": str(dtype).removeprefix("torch."), "checkpointing": config.model.gradient_checkpointing, "pairs_per_second": options.batch / typical, "pairs_per_second_mean": options.batch * len(measured) / sum(measured),
         "tokens_per_second": tokens / len(rows) * options.batch / typical, "step_seconds": steps,
         "peak_gib": (torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if gpu else None,
@@ -299,7 +299,7 @@ def main() -> None:
                 done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
                 result: dict[str, Any] = {
                     "system": name, "batch": batch, "rows": options.rows, "scale": options.scale, "seed": options.seed, "device": options.device,
-                    "checkpointing": options.checkpointing, "4bit": options.load_in_4bit, "set": options.set, "wall_seconds": time.perf_counter() - began,
+                    "4bit": options.load_in_4bit, "set": options.set, "wall_seconds": time.perf_counter() - began,
                 }  # fmt: skip
                 if done.returncode:
                     lines = done.stderr.strip().splitlines()
