@@ -12,7 +12,7 @@ from fitness_dpo.config import ModelConfig
 from fitness_dpo.data import Example, Message
 from fitness_dpo.decoding import answer_all
 from fitness_dpo.exam import QuizQuestion, SafetyPrompt
-from fitness_dpo.inference import ask
+from fitness_dpo.inference import ask, merged_for_now
 from fitness_dpo.items import Items
 from fitness_dpo.likelihood import Item, score_all
 from fitness_dpo.model import Policy, load_base, load_trained
@@ -78,7 +78,8 @@ def acting_as(side: str, policy: Policy, subject: Subject) -> Iterator[Policy]:
             model.load_adapter(str(subject.against / runs.ADAPTER), adapter_name="against")
         model.set_adapter("against")
         try:
-            yield policy
+            with merged_for_now(model):  # as the tuned side, so that only the adapters differ
+                yield policy
         finally:
             model.set_adapter("default")
 
