@@ -12,6 +12,8 @@ from fitness_dpo.packed_model import PackedForward
 from fitness_dpo.packing import Packed, pack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs want a GPU")
+SIDES = {"prompt_ids": 12, "chosen_ids": 30, "rejected_ids": 21}
+"""Tokens of the shortest pair's."""
 
 
 def batch(pairs: int) -> Packed:
@@ -20,9 +22,6 @@ def batch(pairs: int) -> Packed:
         for pair in range(pairs)
     ]
     return Packed(*(tensor.cuda() for tensor in pack(examples, 200)))
-
-
-SIDES = {"prompt_ids": 12, "chosen_ids": 30, "rejected_ids": 21}
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true", "unsloth"])
