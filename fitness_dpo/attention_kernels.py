@@ -2,7 +2,8 @@
 
 FlashAttention-2 (Dao 2023) with three changes that pay at such lengths: a prompt's keys are looked up by both of its answers
 instead of being copied, the query heads that share a key head are rows of one tile, and tiles are counted by sequence, so
-that few are empty. Importing it wants Triton, which a CUDA build of torch brings.
+that few are empty. What stands around it, the norms of queries and keys (Qwen3) and the rotary embedding, is one pass over a
+token's row before and one after. Importing it wants Triton, which a CUDA build of torch brings.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fitness_dpo.decoder import Layout, Shape
+from fitness_dpo.decoder import Layer, Layout, Shape
 from fitness_dpo.packing import Packed
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -27,7 +28,7 @@ class Sizes(NamedTuple):
     stages: int
 
 
-FORWARD, INTO_QUERIES, INTO_KEYS = Sizes(64, 32, 4, 2), Sizes(64, 32, 4, 2), Sizes(64, 64, 4, 2)
+FORWARD, INTO_QUERIES, INTO_KEYS = Sizes(64, 32, 4, 3), Sizes(64, 32, 4, 3), Sizes(32, 64, 4, 3)
 
 
 @triton.jit
@@ -48,18 +49,19 @@ def rows_of(tile, start, length, head, ROWS: tl.constexpr, GROUP: tl.constexpr, 
 
 
 @triton.jit
-def keys_of(k, v, keys, place, there, head, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr):
+def keys_of(k, v, keys, place, there, head, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, V_STRIDE: tl.constexpr):
     """One head's keys and values at these places of `keys`; zeros where there is none."""
     token = tl.load(keys + place, mask=there, other=0)
-    at = (token * KEY_HEADS + head)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return tl.load(k + at, mask=there[:, None], other=0.0), tl.load(v + at, mask=there[:, None], other=0.0)
+    wide = head * WIDTH + tl.arange(0, WIDTH)[None, :]
+    key = tl.load(k + token[:, None] * (KEY_HEADS * WIDTH) + wide, mask=there[:, None], other=0.0)
+    return key, tl.load(v + token[:, None] * V_STRIDE + wide, mask=there[:, None], other=0.0)
 
 
 @triton.jit(do_not_specialize=["SEQUENCES"])
 def forward_kernel(
     q, k, v, out, log_totals, keys, query_starts, key_starts, tile_sequences, tile_numbers, SEQUENCES,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    V_STRIDE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     if tl.load(tile_sequences + tl.program_id(0)) < SEQUENCES:
@@ -77,7 +79,7 @@ def forward_kernel(
         for begin in range(0, end, KEYS):
             place = begin + tl.arange(0, KEYS)
             there = place < key_length
-            key, value = keys_of(k, v, keys + key_start, place, there, head, KEY_HEADS, WIDTH)
+            key, value = keys_of(k, v, keys + key_start, place, there, head, KEY_HEADS, WIDTH, V_STRIDE)
             scores = tl.dot(queries, tl.trans(key), input_precision=PRECISION) * (SCALE * LOG2_E)
             scores = tl.where(place[None, :] <= last[:, None], scores, float("-inf"))
             higher = tl.maximum(peak, tl.max(scores, 1))
@@ -95,7 +97,7 @@ def forward_kernel(
 def into_queries_kernel(
     q, k, v, out, grad, log_totals, pulls, into_q, keys, query_starts, key_starts, tile_sequences, tile_numbers, SEQUENCES,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    V_STRIDE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     if tl.load(tile_sequences + tl.program_id(0)) < SEQUENCES:
@@ -117,7 +119,7 @@ def into_queries_kernel(
         for begin in range(0, end, KEYS):
             place = begin + tl.arange(0, KEYS)
             there = place < key_length
-            key, value = keys_of(k, v, keys + key_start, place, there, head, KEY_HEADS, WIDTH)
+            key, value = keys_of(k, v, keys + key_start, place, there, head, KEY_HEADS, WIDTH, V_STRIDE)
             scores = tl.dot(queries, tl.trans(key), input_precision=PRECISION) * (SCALE * LOG2_E)
             weights = tl.where(place[None, :] <= last[:, None], tl.exp2(scores - log_total[:, None]), 0.0)
             change = weights * (tl.dot(grads, tl.trans(value), input_precision=PRECISION) - pull[:, None])
@@ -129,7 +131,7 @@ def into_queries_kernel(
 def into_keys_kernel(
     q, k, v, grad, log_totals, pulls, into_k, into_v, keys, query_starts, key_starts, tile_sequences, tile_numbers, SEQUENCES,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    V_STRIDE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     if tl.load(tile_sequences + tl.program_id(0)) < SEQUENCES:
@@ -139,7 +141,7 @@ def into_keys_kernel(
         wide = tl.arange(0, WIDTH)
         place = tile * KEYS + tl.arange(0, KEYS)
         there = place < key_length
-        key, value = keys_of(k, v, keys + key_start, place, there, head, KEY_HEADS, WIDTH)
+        key, value = keys_of(k, v, keys + key_start, place, there, head, KEY_HEADS, WIDTH, V_STRIDE)
         key_sum = tl.zeros([KEYS, WIDTH], tl.float32)
         value_sum = tl.zeros([KEYS, WIDTH], tl.float32)
         first = tl.maximum(tile * KEYS - (key_length - length), 0) // (ROWS // GROUP)
@@ -161,73 +163,165 @@ def into_keys_kernel(
         tl.store(into_v + at, value_sum.to(into_v.dtype.element_ty), mask=there[:, None])
 
 
-@triton.jit(do_not_specialize=["places", "times"])
-def sum_keys_kernel(
-    into_k, into_v, grad_k, grad_v, first, second, repeats, places, times,
-    PREFIX: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def halves(row, there, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The left and the right half of the heads that lie at `row`, in 32 bits: (BLOCK, WIDTH / 2) each, zeros where none is."""
+    at = tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH // 2)[None, :]
+    left = tl.load(row + at, mask=there[:, None], other=0.0).to(tl.float32)
+    return left, tl.load(row + at + WIDTH // 2, mask=there[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_halves(row, there, left, right, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH // 2)[None, :]
+    tl.store(row + at, left.to(row.dtype.element_ty), mask=there[:, None])
+    tl.store(row + at + WIDTH // 2, right.to(row.dtype.element_ty), mask=there[:, None])
+
+
+@triton.jit
+def half_row(row, WIDTH: tl.constexpr):
+    """(1, WIDTH / 2)"""
+    return tl.load(row + tl.arange(0, WIDTH // 2)).to(tl.float32)[None, :]
+
+
+@triton.jit
+def rotate_heads(row, out, norm, cos, sin, COUNT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPSILON: tl.constexpr):  # fmt: skip
+    """Of COUNT heads of a token: the norm, unless EPSILON is None, and the rotary embedding."""
+    there = tl.arange(0, BLOCK) < COUNT
+    left, right = halves(row, there, WIDTH, BLOCK)
+    if EPSILON is not None:
+        scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / WIDTH + EPSILON)[:, None]
+        left *= scale * half_row(norm, WIDTH)
+        right *= scale * half_row(norm + WIDTH // 2, WIDTH)
+    store_halves(out, there, left * cos - right * sin, right * cos + left * sin, WIDTH, BLOCK)
+
+
+@triton.jit
+def into_heads(row, into, norm, cos, sin, left, right, COUNT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPSILON: tl.constexpr):  # fmt: skip
+    """The gradient of what `rotate_heads` reads, from that of what it writes, in halves."""
+    there = tl.arange(0, BLOCK) < COUNT
+    into_left, into_right = left * cos + right * sin, right * cos - left * sin
+    if EPSILON is not None:
+        into_left *= half_row(norm, WIDTH)
+        into_right *= half_row(norm + WIDTH // 2, WIDTH)
+        left, right = halves(row, there, WIDTH, BLOCK)
+        square = (tl.sum(left * left, 1) + tl.sum(right * right, 1)) / WIDTH + EPSILON
+        along = ((tl.sum(into_left * left, 1) + tl.sum(into_right * right, 1)) / WIDTH / square)[:, None]
+        scale = tl.rsqrt(square)[:, None]
+        into_left, into_right = scale * (into_left - along * left), scale * (into_right - along * right)
+    store_halves(into, there, into_left, into_right, WIDTH, BLOCK)
+
+
+@triton.jit
+def rotate_kernel(
+    qkv, cos, sin, q_norm, k_norm, q, k,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    EPSILON: tl.constexpr,
 ):  # fmt: skip
-    """Of a token, the sum of the gradients at all places where its key stands."""
-    token = tl.program_id(0)
-    wide = tl.arange(0, BLOCK)
-    inside = wide < WIDTH
-    at = tl.load(first + token) * WIDTH + wide
-    key = tl.load(into_k + at, mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(into_v + at, mask=inside, other=0.0).to(tl.float32)
-    at = tl.load(second + token) * WIDTH + wide
-    twice = inside & (at < places * WIDTH)
-    key += tl.load(into_k + at, mask=twice, other=0.0).to(tl.float32)
-    value += tl.load(into_v + at, mask=twice, other=0.0).to(tl.float32)
+    """One token's queries and keys."""
+    token = tl.program_id(0).to(tl.int64)
+    row = qkv + token * (HEADS + 2 * KEY_HEADS) * WIDTH
+    c, s = half_row(cos + token * WIDTH, WIDTH), half_row(sin + token * WIDTH, WIDTH)
+    rotate_heads(row, q + token * HEADS * WIDTH, q_norm, c, s, HEADS, WIDTH, BLOCK, EPSILON)
+    row += HEADS * WIDTH
+    rotate_heads(row, k + token * KEY_HEADS * WIDTH, k_norm, c, s, KEY_HEADS, WIDTH, KEY_BLOCK, EPSILON)
+
+
+@triton.jit(do_not_specialize=["places", "times"])
+def into_qkv_kernel(
+    qkv, cos, sin, q_norm, k_norm, into_q, into_k, into_v, into_qkv, first, second, repeats, places, times, PREFIX: tl.constexpr,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    EPSILON: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one token's row; that of its key and value is the sum over all places where they stand."""
+    token = tl.program_id(0).to(tl.int64)
+    row = token * (HEADS + 2 * KEY_HEADS) * WIDTH
+    c, s = half_row(cos + token * WIDTH, WIDTH), half_row(sin + token * WIDTH, WIDTH)
+    left, right = halves(into_q + token * HEADS * WIDTH, tl.arange(0, BLOCK) < HEADS, WIDTH, BLOCK)
+    into_heads(qkv + row, into_qkv + row, q_norm, c, s, left, right, HEADS, WIDTH, BLOCK, EPSILON)
+    there = tl.arange(0, KEY_BLOCK) < KEY_HEADS
+    at = tl.load(first + token) * KEY_HEADS * WIDTH
+    left, right = halves(into_k + at, there, WIDTH, KEY_BLOCK)
+    value_left, value_right = halves(into_v + at, there, WIDTH, KEY_BLOCK)
+    place = tl.load(second + token)
+    twice = tl.arange(0, KEY_BLOCK) < tl.where(place < places, KEY_HEADS, 0)
+    more_left, more_right = halves(into_k + place * KEY_HEADS * WIDTH, twice, WIDTH, KEY_BLOCK)
+    left, right = left + more_left, right + more_right
+    more_left, more_right = halves(into_v + place * KEY_HEADS * WIDTH, twice, WIDTH, KEY_BLOCK)
+    value_left, value_right = value_left + more_left, value_right + more_right
     if token < PREFIX:
         for time in range(times):
-            at = tl.load(repeats + time * PREFIX + token) * WIDTH + wide
-            key += tl.load(into_k + at, mask=inside, other=0.0).to(tl.float32)
-            value += tl.load(into_v + at, mask=inside, other=0.0).to(tl.float32)
-    at = token.to(tl.int64) * WIDTH + wide
-    tl.store(grad_k + at, key.to(grad_k.dtype.element_ty), mask=inside)
-    tl.store(grad_v + at, value.to(grad_v.dtype.element_ty), mask=inside)
+            at = tl.load(repeats + time * PREFIX + token) * KEY_HEADS * WIDTH
+            more_left, more_right = halves(into_k + at, there, WIDTH, KEY_BLOCK)
+            left, right = left + more_left, right + more_right
+            more_left, more_right = halves(into_v + at, there, WIDTH, KEY_BLOCK)
+            value_left, value_right = value_left + more_left, value_right + more_right
+    row += HEADS * WIDTH
+    into_heads(qkv + row, into_qkv + row, k_norm, c, s, left, right, KEY_HEADS, WIDTH, KEY_BLOCK, EPSILON)
+    store_halves(into_qkv + row + KEY_HEADS * WIDTH, there, value_left, value_right, WIDTH, KEY_BLOCK)
 
 
 class PackedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(width)) v, causal within each sequence. q: (tokens, heads, width), k, v: (tokens, key heads, width)."""
+    """softmax(q k^T / sqrt(width)) v, causal within each sequence, q and k rotated and, with norms, normed before: what
+    decoder.split_heads and torch's attention give, from qkv (tokens, (heads + 2 key heads) * width) with gradients for it alone."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *layout: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, shape: Shape, *layout: Tensor
+    ) -> Tensor:  # fmt: skip
         keys, _, _, _, query_starts, key_starts, sequences, numbers, *_ = layout
+        q = qkv.new_empty(len(qkv), shape.heads, shape.head_width)
+        k = qkv.new_empty(len(qkv), shape.key_heads, shape.head_width)
+        v = qkv[:, (shape.heads + shape.key_heads) * shape.head_width :]
+        rotate_kernel[(len(qkv),)](qkv, cos, sin, q_norm, k_norm, q, k, **of_rows(shape, q_norm))
         out, log_totals = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        forward_kernel[(len(sequences), k.size(1))](
+        forward_kernel[(len(sequences), shape.key_heads)](
             q, k, v, out, log_totals, keys, query_starts, key_starts, sequences, numbers, len(query_starts) - 1,
-            **constants(q, k, FORWARD),
+            **of_tiles(shape, q.dtype, FORWARD),
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, log_totals, *layout)
+        ctx.shape, ctx.norms = shape, (q_norm, k_norm)
+        ctx.save_for_backward(qkv, cos, sin, q, k, out, log_totals, *layout)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, log_totals, *layout = ctx.saved_tensors
+        qkv, cos, sin, q, k, out, log_totals, *layout = ctx.saved_tensors
         keys, first, second, repeats, query_starts, key_starts, sequences, numbers, key_sequences, key_numbers = layout
-        grad, count = grads[0].contiguous(), len(query_starts) - 1
-        into_q, pulls = torch.empty_like(q), torch.empty_like(log_totals)
+        shape, grad, count = ctx.shape, grads[0].contiguous(), len(query_starts) - 1
+        v = qkv[:, (shape.heads + shape.key_heads) * shape.head_width :]
+        into_q, pulls, into_qkv = torch.empty_like(q), torch.empty_like(log_totals), torch.empty_like(qkv)
         into_k, into_v = (k.new_empty((len(keys), *k.shape[1:])) for _ in range(2))
-        grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
-        into_queries_kernel[(len(sequences), k.size(1))](
+        into_queries_kernel[(len(sequences), shape.key_heads)](
             q, k, v, out, grad, log_totals, pulls, into_q, keys, query_starts, key_starts, sequences, numbers, count,
-            **constants(q, k, INTO_QUERIES),
+            **of_tiles(shape, q.dtype, INTO_QUERIES),
         )  # fmt: skip
-        into_keys_kernel[(len(key_sequences), k.size(1))](
+        into_keys_kernel[(len(key_sequences), shape.key_heads)](
             q, k, v, grad, log_totals, pulls, into_k, into_v, keys, query_starts, key_starts, key_sequences, key_numbers, count,
-            **constants(q, k, INTO_KEYS),
+            **of_tiles(shape, q.dtype, INTO_KEYS),
         )  # fmt: skip
-        sum_keys_kernel[(len(k),)](
-            into_k, into_v, grad_k, grad_v, first, second, repeats, len(keys), len(repeats),
-            PREFIX=repeats.size(1), WIDTH=k[0].numel(), BLOCK=triton.next_power_of_2(k[0].numel()),
+        into_qkv_kernel[(len(qkv),)](
+            qkv, cos, sin, *ctx.norms, into_q, into_k, into_v, into_qkv, first, second, repeats, len(keys), len(repeats),
+            PREFIX=repeats.size(1), **of_rows(shape, ctx.norms[0]),
         )  # fmt: skip
-        return into_q, grad_k, grad_v, *[None] * len(layout)
+        return into_qkv, *[None] * (5 + len(layout))
 
 
-def constants(q: Tensor, k: Tensor, sizes: Sizes) -> dict[str, Any]:
+def of_tiles(shape: Shape, dtype: torch.dtype, sizes: Sizes) -> dict[str, Any]:
+    """Constants of a kernel whose programs hold tiles of queries and keys."""
+    group, width = shape.heads // shape.key_heads, shape.head_width
     return {
-        "KEY_HEADS": k.size(1), "GROUP": q.size(1) // k.size(1), "WIDTH": q.size(2), "ROWS": sizes.rows, "KEYS": sizes.keys,
-        "SCALE": q.size(2) ** -0.5, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": sizes.warps, "num_stages": sizes.stages,
+        "KEY_HEADS": shape.key_heads, "GROUP": group, "WIDTH": width, "V_STRIDE": (shape.heads + 2 * shape.key_heads) * width,
+        "ROWS": sizes.rows, "KEYS": sizes.keys, "SCALE": width**-0.5, "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_warps": sizes.warps, "num_stages": sizes.stages,
+    }  # fmt: skip
+
+
+def of_rows(shape: Shape, norm: Tensor | None) -> dict[str, Any]:
+    """Constants of a kernel whose programs hold one token's row."""
+    return {
+        "HEADS": shape.heads, "KEY_HEADS": shape.key_heads, "BLOCK": triton.next_power_of_2(shape.heads),
+        "KEY_BLOCK": triton.next_power_of_2(shape.key_heads), "WIDTH": shape.head_width,
+        "EPSILON": None if norm is None else shape.norm_epsilon,
     }  # fmt: skip
 
 
@@ -251,7 +345,7 @@ def tiles(starts: Tensor, size: int, places: int) -> tuple[Tensor, Tensor]:
     return sequence.int(), (tile - begins[sequence]).int()
 
 
-def attend_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, shape: Shape) -> Tensor:
+def attend_kernel(qkv: Tensor, cos: Tensor, sin: Tensor, layer: Layer, layout: Layout, shape: Shape) -> Tensor:
     """Causal attention within each sequence."""
-    attended: Tensor = PackedAttention.apply(query, key, value, *layout)  # type: ignore[no-untyped-call]
+    attended: Tensor = PackedAttention.apply(qkv, cos, sin, layer.query_norm, layer.key_norm, shape, *layout)  # type: ignore[no-untyped-call]
     return attended

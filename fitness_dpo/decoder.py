@@ -13,8 +13,8 @@ from torch import Tensor
 from fitness_dpo.packing import Packed
 
 Layout = tuple[Tensor, ...]
-Attend = Callable[[Tensor, Tensor, Tensor, Layout, "Shape"], Tensor]
-"""Queries, keys and values -> causal attention within each sequence, (tokens, heads, width)."""
+Attend = Callable[[Tensor, Tensor, Tensor, "Layer", Layout, "Shape"], Tensor]
+"""`before_attention`'s product, cos and sin -> causal attention within each sequence, (tokens, heads, width)."""
 
 
 class Adapted(NamedTuple):
@@ -68,36 +68,52 @@ class Shape(NamedTuple):
 
 
 class LoraProduct(torch.autograd.Function):
-    """x W^T + (x A^T) B^T as one matrix product, [x, x A^T] [W, B]^T, whose sum is kept in 32 bits (Hu et al. 2021, eq. 3).
-
-    Its gradient is one too, over what is narrower: the gradient of the outputs beside that of x A^T, or both results side by
-    side. x: (tokens, inputs), w: (outputs, inputs), a: (r, inputs), b: (outputs, r) -> (tokens, outputs). W gets no gradient.
-    """
+    """x W^T + (x A^T) B^T (Hu et al. 2021, eq. 3). x: (tokens, inputs), w: (outputs, inputs), a: (r, inputs), b: (outputs, r) ->
+    (tokens, outputs). W gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
         low = x @ a.T
         ctx.save_for_backward(x, w, a, b, low)
-        if x.is_cuda:
-            return torch.cat([x, low], 1) @ torch.cat([w, b], 1).T
         return (x @ w.T).addmm_(low, b.T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
         (grad,) = grads
         x, w, a, b, low = ctx.saved_tensors
+        into_low = grad @ b
+        return (grad @ w).addmm_(into_low, a), None, into_low.T @ x, grad.T @ low
+
+
+class WideLoraProduct(torch.autograd.Function):
+    """The same as one matrix product, [x, x A^T] [W, B]^T, whose sum is kept in 32 bits: a GPU would read and write the outputs
+    once more for a second product. Its gradient is one too, over what is narrower: the gradient of the outputs beside that of
+    x A^T, or both results side by side.
+
+    [x, 0] is what other operations write x into, and x A^T takes the zeros' place. Both matrices stay whole here, zeros and
+    what is not wanted included, since the compiler copies x for a product with a part of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        both = F.pad(x, (0, len(a)))
+        both[:, x.size(1) :] = both @ F.pad(a, (0, len(a))).T
+        ctx.save_for_backward(both, w, a, b)
+        return both @ torch.cat([w, b], 1).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        (grad,) = grads
+        both, w, a, b = ctx.saved_tensors
         outputs, inputs = w.shape
-        if not grad.is_cuda:
-            into_low = grad @ b
-            into_x = (grad @ w).addmm_(into_low, a)
-        elif outputs > inputs:
+        if outputs > inputs:
             wide = grad @ torch.cat([w, b], 1)
             into_low = wide[:, inputs:]
             into_x = wide[:, :inputs] + into_low @ a
         else:
             into_low = grad @ b
             into_x = torch.cat([grad, into_low], 1) @ torch.cat([w, a])
-        return into_x, None, into_low.T @ x, grad.T @ low
+        return into_x, None, (into_low.T @ both)[:, :inputs], grad.T @ both[:, inputs:]
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -130,6 +146,14 @@ def row_layout(packed: Packed) -> Layout:
     return rows, flat, seen
 
 
+def attend_split(
+    split: Callable[..., tuple[Tensor, Tensor, Tensor]], attend: Callable[..., Tensor],
+    qkv: Tensor, cos: Tensor, sin: Tensor, layer: "Layer", layout: Layout, shape: Shape,
+) -> Tensor:  # fmt: skip
+    """Attend, by `split_heads` and one of torch's ways on what it gives."""
+    return attend(*split(qkv, cos, sin, layer, shape), layout, shape)
+
+
 def attend_rows(query: Tensor, key: Tensor, value: Tensor, layout: Layout, shape: Shape) -> Tensor:
     """Causal attention within each sequence by torch's own, a row a pair."""
     rows, flat, seen = layout
@@ -139,13 +163,15 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, layout: Layout, shape
     return mixed.transpose(1, 2).flatten(0, 1)[flat]
 
 
-def before_attention(x: Tensor, cos: Tensor, sin: Tensor, layer: Layer, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """x: (tokens, hidden) -> queries (tokens, heads, width), keys and values (tokens, key heads, width) of one layer."""
-    normed = rms_norm(x, layer.attention_norm, shape.norm_epsilon)
+def before_attention(x: Tensor, layer: Layer, shape: Shape) -> Tensor:
+    """x: (tokens, hidden) -> queries, keys and values of one layer side by side, (tokens, (heads + 2 key heads) * width)."""
+    return product(rms_norm(x, layer.attention_norm, shape.norm_epsilon), layer.qkv)
+
+
+def split_heads(qkv: Tensor, cos: Tensor, sin: Tensor, layer: Layer, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """`before_attention`'s product -> queries (tokens, heads, width), keys and values (tokens, key heads, width), rotated."""
     widths = [shape.heads * shape.head_width, *[shape.key_heads * shape.head_width] * 2]
-    query, key, value = (
-        part.unflatten(-1, (-1, shape.head_width)) for part in product(normed, layer.qkv).split(widths, -1)
-    )
+    query, key, value = (part.unflatten(-1, (-1, shape.head_width)) for part in qkv.split(widths, -1))
     if layer.query_norm is not None and layer.key_norm is not None:
         query = rms_norm(query, layer.query_norm, shape.norm_epsilon)
         key = rms_norm(key, layer.key_norm, shape.norm_epsilon)
@@ -169,7 +195,8 @@ def product(x: Tensor, layer: Adapted) -> Tensor:
         F.pad((b * scale).to(x.dtype), (0, 0, row, outputs - row - b.size(0)))
         for b, row, scale in zip(layer.b, layer.rows, layer.scales, strict=True)
     ]
-    result: Tensor = LoraProduct.apply(  # type: ignore[no-untyped-call]
+    function = WideLoraProduct if x.is_cuda else LoraProduct
+    result: Tensor = function.apply(  # type: ignore[no-untyped-call]
         x, weight, torch.cat(layer.a).to(x.dtype), torch.cat(factors, 1)
     )
     return result if layer.bias is None else result + layer.bias

@@ -15,14 +15,17 @@ from fitness_dpo.config import LoraConfig
 from fitness_dpo.cpu_attention import attend_sequences, sequence_layout
 from fitness_dpo.decoder import (
     Adapted,
+    Attend,
     Layer,
     Layout,
     Shape,
     after_attention,
     attend_rows,
+    attend_split,
     before_attention,
     rms_norm,
     row_layout,
+    split_heads,
 )  # fmt: skip
 from fitness_dpo.graphs import Recorder
 from fitness_dpo.logprobs import TokenScores, answer_logps, score_chunk
@@ -76,13 +79,15 @@ class PackedForward:
         self.base = [read_layer(layer, adapted=False) for layer in layers]
         ready: Any = partial(torch.compile, fullgraph=True) if compiled else lambda part: part
         self.before, self.after, self.chunk = map(ready, (before_attention, after_attention, score_chunk))
-        group = self.shape.heads // self.shape.key_heads
-        self.layout: Callable[[Packed], Layout]
         weight = self.model.get_input_embeddings().weight
         self.host: HostRoom | None = None
         if checkpointing == "unsloth" and weight.is_cuda:
             self.host = HostRoom(len(layers), config.hidden_size, weight.dtype)
+        group = self.shape.heads // self.shape.key_heads
+        self.layout: Callable[[Packed], Layout]
+        self.attend: Attend
         kernels = runs_kernels(weight, self.shape.head_width)
+        self.attention = "kernels" if kernels else "sequences" if device.type == "cpu" else "rows"
         if kernels:
             from fitness_dpo.attention_kernels import attend_kernel, kernel_layout
             from fitness_dpo.vocabulary_kernel import score_chunk_kernel
@@ -90,9 +95,10 @@ class PackedForward:
             self.layout, self.attend = partial(kernel_layout, group=group), attend_kernel
             self.chunk = score_chunk_kernel
         elif device.type == "cpu":
-            self.layout, self.attend = partial(sequence_layout, group=group, dtype=weight.dtype), attend_sequences
+            self.layout = partial(sequence_layout, group=group, dtype=weight.dtype)
+            self.attend = partial(attend_split, ready(split_heads), attend_sequences)
         else:
-            self.layout, self.attend = row_layout, attend_rows
+            self.layout, self.attend = row_layout, partial(attend_split, ready(split_heads), attend_rows)
         self.records = compiled and kernels and torch.__version__ >= FIRST_TORCH_TO_RECORD
         self.tuned_scores: Callable[[Packed], TokenScores] = (
             Recorder(self.score, self.tuned) if self.records else partial(self.score, layers=self.tuned)
@@ -129,7 +135,7 @@ class PackedForward:
         for layer, room in zip(layers, rooms, strict=True):
             run = partial(self.run, cos=cos, sin=sin, layout=layout, layer=layer)
             x = Recomputed.apply(run, room, x, *layer.factors()) if checkpoints else run(x)  # type: ignore[no-untyped-call]
-        hidden = rms_norm(x[packed.sources], backbone.norm.weight, self.shape.norm_epsilon)
+        hidden = rms_norm(x.index_select(0, packed.sources), backbone.norm.weight, self.shape.norm_epsilon)
         return answer_logps(hidden, self.model.get_output_embeddings().weight, packed.targets, self.chunk)
 
     def mark(self, *tensors: Tensor) -> None:
@@ -141,8 +147,9 @@ class PackedForward:
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, layer: Layer) -> Tensor:
         layer = layer.each(unpack)
         self.mark(x)
-        query, key, value = self.before(x, cos, sin, layer, self.shape)
-        attended = self.attend(query, key, value, layout, self.shape)
+        qkv = self.before(x, layer, self.shape)
+        self.mark(qkv)
+        attended = self.attend(qkv, cos, sin, layer, layout, self.shape)
         self.mark(attended)
         result: Tensor = self.after(x, attended, layer, self.shape)
         return result

@@ -55,7 +55,7 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
             forward = PackedForward(
                 self.model, compiled=self.compiled, checkpointing=config.model.gradient_checkpointing
             )
-            self.attention = forward.attend.__name__
+            self.attention = forward.attention
             prefix = common_start(pair["prompt_ids"] for pair in pairs)
             on_host = not set(self.loss_types) & NOT_ON_HOST
             if on_host and torch.cuda.is_available():

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from fitness_dpo.decoder import Shape, attend_rows, row_layout
+from fitness_dpo.decoder import Adapted, Layer, Shape, attend_rows, row_layout, split_heads
 from fitness_dpo.logprobs import score_chunk
 from fitness_dpo.packing import Packed, pack, pad, usual
 
@@ -19,10 +19,11 @@ def there(packed: Packed) -> Packed:
 
 
 @pytest.mark.parametrize(
-    ("prefix", "heads", "key_heads", "filled"), [(0, 4, 2, True), (5, 6, 2, True), (7, 3, 1, False), (0, 2, 2, True)]
+    ("prefix", "heads", "key_heads", "filled", "normed"),
+    [(0, 4, 2, True, True), (5, 6, 2, True, False), (7, 3, 1, False, True), (0, 2, 2, True, False)],
 )
 def test_attention_and_its_gradients_are_those_of_plain_products(
-    prefix: int, heads: int, key_heads: int, filled: bool
+    prefix: int, heads: int, key_heads: int, filled: bool, normed: bool
 ) -> None:
     from fitness_dpo.attention_kernels import attend_kernel, kernel_layout
 
@@ -38,17 +39,19 @@ def test_attention_and_its_gradients_are_those_of_plain_products(
     given = there(pad(pack(pairs, 400, prefix), 6 * 399, usual(pairs, prefix))) if filled else packed
     torch.manual_seed(0)
     shape = Shape(heads, key_heads, width, 1e-6)
-    inputs = [
-        torch.randn(len(given.ids), count, width, device=DEVICE, requires_grad=True)
-        for count in (heads, key_heads, key_heads)
-    ]
-    query, key, value = inputs
-    expected = attend_rows(query[:tokens], key[:tokens], value[:tokens], row_layout(packed), shape)
-    found = attend_kernel(query, key, value, kernel_layout(given, heads // key_heads), shape)[:tokens]
+    query_norm, key_norm = (torch.rand(width, device=DEVICE) + 0.5 if normed else None for _ in range(2))
+    unused, nothing = Adapted([], None, [], [], [], []), torch.empty(0)
+    layer = Layer(nothing, unused, query_norm, key_norm, unused, nothing, unused, unused)
+    qkv = torch.randn(len(given.ids), (heads + 2 * key_heads) * width, device=DEVICE, requires_grad=True)
+    angles = (given.positions[:, None] * torch.rand(width // 2, device=DEVICE)).repeat(1, 2)[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    parts = split_heads(qkv[:tokens], cos[:tokens], sin[:tokens], layer, shape)
+    expected = attend_rows(*parts, row_layout(packed), shape)
+    found = attend_kernel(qkv, cos, sin, layer, kernel_layout(given, heads // key_heads), shape)[:tokens]
     assert found.allclose(expected, atol=1e-5)
     pull = torch.randn_like(expected)
-    for mine, theirs in zip(*(torch.autograd.grad(each, inputs, pull) for each in (found, expected)), strict=True):
-        assert mine.allclose(theirs, atol=1e-5)
+    mine, theirs = (torch.autograd.grad(each, qkv, pull)[0] for each in (found, expected))
+    assert mine.allclose(theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("vocabulary", [9000, 16384])

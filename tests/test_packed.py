@@ -14,6 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from fitness_dpo.config import InputError, TrainConfig
 from fitness_dpo.config.dpo import LOSS_TYPES
 from fitness_dpo.data import load_preferences
+from fitness_dpo.decoder import LoraProduct, WideLoraProduct
 from fitness_dpo.model import Policy
 from fitness_dpo.packed_model import PackedForward
 from fitness_dpo.packing import PackedCollator, Usual, bucket, common_start, pack, pad
@@ -276,3 +277,16 @@ def test_what_the_packed_forward_lacks_is_named(tiny: Tiny, pairs_file: Path, tm
         )
     config, policy = tiny(f"data.path={pairs_file}", "lora.dropout=0.1")
     assert not build_trainer(config, policy, load_preferences(config.data).splits, tmp_path, []).packed
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (40, 24)])
+def test_a_product_and_its_gradients_are_the_same_the_way_gpus_compute_it(inputs: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    sizes = ((7, inputs), (outputs, inputs), (4, inputs), (outputs, 4))
+    x, w, a, b = (torch.randn(size, requires_grad=size != (outputs, inputs)) for size in sizes)
+    pull = torch.randn(7, outputs)
+    for function in (LoraProduct, WideLoraProduct):
+        result: Any = function.apply(x, w, a, b)  # type: ignore[no-untyped-call]
+        torch.testing.assert_close(result, x @ w.T + x @ a.T @ b.T)
+        plain = torch.autograd.grad(x @ w.T + x @ a.T @ b.T, (x, a, b), pull)
+        torch.testing.assert_close(torch.autograd.grad(result, (x, a, b), pull), plain)
