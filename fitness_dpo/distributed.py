@@ -71,32 +71,19 @@ def gather(tensor: "Tensor") -> "Tensor":
     return torch.cat(parts)
 
 
-def agree(tensors: "list[Tensor]") -> None:
-    """Put the first process's values into every process's tensors."""
-    import torch
+def agree(tensor: "Tensor") -> None:
+    """Put the first process's values into every process's tensor."""
     import torch.distributed
 
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    torch.distributed.broadcast(flat, src=0)
-    fill(tensors, flat)
+    torch.distributed.broadcast(tensor, src=0)
 
 
-def average(tensors: "list[Tensor]") -> None:
-    """Put the mean over all processes into the tensors, in one message."""
-    import torch
+def average(tensor: "Tensor") -> None:
+    """Put the mean over all processes into every process's tensor."""
     import torch.distributed
 
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    torch.distributed.all_reduce(flat)
-    fill(tensors, flat.div_(world_size()))
-
-
-def fill(tensors: "list[Tensor]", flat: "Tensor") -> None:
-    """Put the numbers of `flat` into the tensors, one behind the other."""
-    import torch
-
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+    torch.distributed.all_reduce(tensor)
+    tensor.div_(world_size())
 
 
 def join() -> None:

@@ -22,24 +22,26 @@ class Recording(NamedTuple):
     pull: Tensor
     """Gradient of the loss with respect to scores.logps, which the backward pass starts from."""
     gradients: Tensor
-    """Those of all parameters, one behind the other; the same place for all recordings."""
+    """That of `Recorder.whole`; the same place for all recordings."""
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
 
 
 class Recorder:
-    """Computes `score(packed, layers)` with gradients for the layers' factors, from a recording of the batch's shape.
+    """Computes `score(packed, layers)` from a recording of the batch's shape. `whole` gets the gradients, in whose memory the layers'
+    factors lie.
 
     All recordings share one pool of memory, so each replay of a forward pass must be followed by its backward pass before the
     next one. A batch with more tokens than any before discards all recordings and starts a new pool: the pieces of a pool are
     as large as its first recording wants them, and smaller ones fit in.
     """
 
-    def __init__(self, score: Callable[[Packed, list[Layer]], TokenScores], layers: list[Layer]) -> None:
-        self.score, self.layers = score, layers
-        self.parameters = [factor for layer in layers for factor in layer.factors()]
+    def __init__(
+        self, score: Callable[[Packed, list[Layer]], TokenScores], layers: list[Layer], whole: torch.nn.Parameter
+    ) -> None:
+        self.score, self.layers, self.whole = score, layers, whole
         self.aside = torch.cuda.Stream()  # cuBLAS keeps a workspace of 32 MiB for each stream it meets
-        self.gradients = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+        self.gradients = torch.empty_like(whole)
         self.largest = 0
 
     def __call__(self, packed: Packed) -> TokenScores:
@@ -50,7 +52,7 @@ class Recorder:
             self.start(tokens)
         if shape not in self.recordings:
             self.recordings[shape] = self.record(packed)
-        scores = Replay.apply(self.recordings[shape], packed, *self.parameters)  # type: ignore[no-untyped-call]
+        scores = Replay.apply(self.recordings[shape], packed, self.whole)  # type: ignore[no-untyped-call]
         return TokenScores(*scores)
 
     def start(self, largest: int) -> None:
@@ -63,7 +65,7 @@ class Recorder:
     def record(self, packed: Packed) -> Recording:
         # a graph that still waits for its backward pass keeps nodes at the parameters, on the stream of its forward pass
         layers = [layer.each(Adapted.apart) for layer in self.layers]
-        factors = [factor for layer in layers for factor in layer.factors()]
+        factors = sorted((factor for layer in layers for factor in layer.factors()), key=Tensor.storage_offset)
         inputs = Packed(*(tensor.clone() for tensor in packed))
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # what the loader's thread and NCCL's ask of the GPU meanwhile must not spoil the recording
@@ -89,19 +91,18 @@ class Recorder:
 
 class Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: Recording, packed: Packed, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, recording: Recording, packed: Packed, whole: Tensor) -> tuple[Tensor, ...]:
         for kept, new in zip(recording.inputs, packed, strict=True):
             kept.copy_(new, non_blocking=True)
         recording.forward.replay()
-        ctx.recording, ctx.shapes = recording, [parameter.shape for parameter in parameters]
+        ctx.recording = recording
         scores = tuple(value.clone() for value in recording.scores)
         ctx.mark_non_differentiable(*scores[1:])
         return scores
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
         recording: Recording = ctx.recording
         recording.pull.copy_(grads[0])
         recording.backward.replay()
-        parts = recording.gradients.clone().split([shape.numel() for shape in ctx.shapes])
-        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+        return None, None, recording.gradients

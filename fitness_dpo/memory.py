@@ -83,7 +83,7 @@ def warn_of_memory(config: TrainConfig, trainer: PreferenceTrainer) -> None:
         list(trainer.train_dataset), config.dpo.batch_size, config.dpo.micro_batch_tokens, packed=trainer.packed
     )
     item_bytes = model.get_input_embeddings().weight.element_size()
-    wanted = trained_bytes(sum(weight.numel() for weight in trainer.trained)) + activation_bytes(
+    wanted = trained_bytes(sum(whole.numel() for whole in trainer.joined)) + activation_bytes(
         Decoder.of(model.config), tokens, item_bytes, packed=trainer.packed,
         fused=trainer.compiled if trainer.packed else config.model.backend == "unsloth",
         checkpointing=config.model.gradient_checkpointing,

@@ -60,9 +60,12 @@ class PackedForward:
     The reference is the policy without its adapter, so the adapter has to start at zero (`starts_at_base`).
     """
 
-    def __init__(self, model: Any, *, compiled: bool, checkpointing: str) -> None:
-        """`compiled` also records CUDA graphs, where the GPU runs the kernels. `checkpointing` is the setting: layers keep their
-        inputs where they are with `true`, and in the host's memory with `unsloth`, as Unsloth does."""
+    def __init__(
+        self, model: Any, *, compiled: bool, checkpointing: str, whole: torch.nn.Parameter | None = None
+    ) -> None:
+        """`compiled` also records CUDA graphs, where the GPU runs the kernels and the adapter's parameters are joined to `whole`.
+        `checkpointing` is the setting: layers keep their inputs where they are with `true`, and in the host's memory with
+        `unsloth`, as Unsloth does."""
         self.model = model.get_base_model()
         self.otherwise = self.model.forward
         self.compiled, self.checkpoints = compiled, checkpointing != "false"
@@ -99,10 +102,9 @@ class PackedForward:
             self.attend = partial(attend_split, ready(split_heads), attend_sequences)
         else:
             self.layout, self.attend = row_layout, partial(attend_split, ready(split_heads), attend_rows)
-        self.records = compiled and kernels and torch.__version__ >= FIRST_TORCH_TO_RECORD
-        self.tuned_scores: Callable[[Packed], TokenScores] = (
-            Recorder(self.score, self.tuned) if self.records else partial(self.score, layers=self.tuned)
-        )
+        self.tuned_scores: Callable[[Packed], TokenScores] = partial(self.score, layers=self.tuned)
+        if compiled and kernels and whole is not None and torch.__version__ >= FIRST_TORCH_TO_RECORD:
+            self.tuned_scores = Recorder(self.score, self.tuned, whole)
         self.model.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,9 +116,9 @@ class PackedForward:
         with torch.autocast(packed.ids.device.type, enabled=False):
             scores = self.tuned_scores(packed) if on else self.score(packed, self.base)
             places = rows * (width - 1)
-            values = torch.stack([value.float() for value in scores])
+            values = torch.stack([value.float() for value in scores]).to(labels.device)
             placed = values.new_zeros(len(scores), places + 1).index_copy(1, packed.places, values)[:, :places]
-            log_probs, entropy, mean_logits, is_top1 = placed.to(labels.device).view(-1, rows, width - 1)
+            log_probs, entropy, mean_logits, is_top1 = placed.view(-1, rows, width - 1)
         return FusedCausalLMOutput(  # 0 where no answer's token stands
             loss=-log_probs.sum() / places, log_probs=log_probs, entropy=entropy, mean_logits=mean_logits,
             is_top1=is_top1.bool(),

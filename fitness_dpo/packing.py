@@ -159,11 +159,13 @@ def common_start(prompts: Iterable[Sequence[int]]) -> list[int]:
 
 
 class HostBatch(dict[str, Any]):
-    """A batch of which only the packed pairs go to the GPU: TRL's losses and metrics are some hundred operations on a few
+    """A batch of which only what the model reads goes to the GPU: TRL's losses and metrics are some hundred operations on a few
     numbers each, which a CPU finishes sooner than a GPU starts them."""
 
-    def to(self, device: torch.device, **how: Any) -> "HostBatch":
-        return HostBatch(self | {PACKED: {name: tensor.to(device, **how) for name, tensor in self[PACKED].items()}})
+    def to(self, device: torch.device, **_: Any) -> "HostBatch":
+        """Never waits, whatever accelerate asks for: it would wait for the last step's backward pass."""
+        read = {name: tensor.to(device, non_blocking=True) for name, tensor in self[PACKED].items() if name != "places"}
+        return HostBatch(self | {PACKED: self[PACKED] | read})
 
 
 class PackedCollator:

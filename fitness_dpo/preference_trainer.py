@@ -13,7 +13,9 @@ import trl
 
 from fitness_dpo import distributed
 from fitness_dpo.config import InputError, TrainConfig
+from fitness_dpo.graphs import Recorder
 from fitness_dpo.health import Pairs
+from fitness_dpo.joined import join
 from fitness_dpo.margins import each_pair
 from fitness_dpo.packed_model import PackedForward, starts_at_base
 from fitness_dpo.packing import HostBatch, PackedCollator, common_start, usual
@@ -35,26 +37,29 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         super().__init__(**given)
         self.config, self.packed, self.share = config, packed, 1.0
         self.batch_sizes: list[int] = []
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.weights = self.model.num_parameters(exclude_embeddings=True)
-        walk_less(self.model, self.trained)
-        for parameter in self.trained:  # TRL rounds them to bfloat16 beside 4-bit weights, where small updates vanish
-            parameter.data = parameter.data.float()
+        # in 32 bits: TRL rounds them to bfloat16 beside 4-bit weights, where small updates vanish
+        self.joined = {join(parameters): decay for parameters, decay in self.by_decay() if parameters}
+        walk_less(self.model, list(self.joined))
         if self.args.world_size > 1:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise InputError(
                     "accelerate launch: FSDP and DeepSpeed divide a model, and here each GPU holds a whole one; launch with --multi_gpu alone"
                 )
-            distributed.agree([parameter.data for parameter in self.trained])
+            for whole in self.joined:
+                distributed.agree(whole.data)
             self.accelerator.gather = distributed.gather
-            # without DDP, whose hooks keep a step from being recorded: training_step averages the gradients
-            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        # where it is, since a move would part what is joined, and without DDP, whose hooks keep a step from being recorded:
+        # training_step averages the gradients
+        prepare = partial(self.accelerator.prepare_model, device_placement=False, evaluation_mode=True)
+        self.accelerator.prepare_model = lambda model, **_: prepare(model)
         if packed:
             self.compiled = compiles(config.dpo.compile, planned_steps(self.args, len(self.train_dataset)))
             pairs = [*self.train_dataset, *(self.eval_dataset or [])]
             forward = PackedForward(
-                self.model, compiled=self.compiled, checkpointing=config.model.gradient_checkpointing
-            )
+                self.model, compiled=self.compiled, checkpointing=config.model.gradient_checkpointing,
+                whole=next(iter(self.joined)),
+            )  # fmt: skip
             self.attention = forward.attention
             prefix = common_start(pair["prompt_ids"] for pair in pairs)
             on_host = not set(self.loss_types) & NOT_ON_HOST
@@ -63,7 +68,7 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
             self.data_collator = PackedCollator(
                 self.processing_class.pad_token_id,
                 prefix,
-                usual(pairs, len(prefix)) if forward.records else None,
+                usual(pairs, len(prefix)) if isinstance(forward.tuned_scores, Recorder) else None,
                 on_host=on_host,
             )
         if config.dpo.precompute_reference:
@@ -71,6 +76,23 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
             self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", config.dpo.eval_batch_size)
             if self.eval_dataset is not None:
                 self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", config.dpo.eval_batch_size)
+
+    def by_decay(self) -> list[tuple[list[torch.nn.Parameter], float]]:
+        """The parameters that are trained with weight decay and those without, as transformers divides them."""
+        decayed = {*self.get_decay_parameter_names(self.model)}
+        named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return [
+            ([parameter for name, parameter in named if (name in decayed) == decays], decays * self.args.weight_decay)
+            for decays in (True, False)
+        ]
+
+    def create_optimizer(self, *given: Any) -> torch.optim.Optimizer:
+        if self.args.optim != "adafactor":  # which looks at a matrix's rows and columns
+            groups = [{"params": [whole], "weight_decay": decay} for whole, decay in self.joined.items()]
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer_cls_and_kwargs = kind, settings | {"params": groups}
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*given)
+        return optimizer
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         """As it is: rows are tokenized already, so that one template serves training and answering."""
@@ -140,8 +162,9 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
             losses.append(super().training_step(model, part, num_items_in_batch))
         weigh_metrics(self._metrics["train"], [share / sum(shares) for share in shares])
         if self.args.world_size > 1 and self.accelerator.sync_gradients:
-            distributed.average([parameter.grad for parameter in self.trained])
-        return torch.stack(losses).sum()
+            for whole in self.joined:
+                distributed.average(whole.grad)  # type: ignore[arg-type]
+        return torch.stack(losses).sum().to(self.args.device, non_blocking=True)  # behind the backward pass, not after
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Transformers' estimate, with the weights counted once instead of at each step."""
@@ -149,7 +172,7 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         return sum(6 * part["input_ids"].numel() * self.weights for part in parts)
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
-        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(list(self.joined), self.args.max_grad_norm)
         return norm
 
     def _prepare_input(self, data: Any) -> Any:
@@ -158,24 +181,24 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
     def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
         if self.model.training:
             loss = super().compute_loss(model, inputs, *given, **named) * self.share
-        else:
-            self.batch_sizes.append(len(inputs["input_ids"]))
-            with each_pair(self.held_out, inputs, self.accelerator.gather, self.model, self.ref_model):
-                loss = super().compute_loss(model, inputs, *given, **named)
-        return loss.to(self.args.device)
+            # it follows its backward pass to the GPU, unless float16's scaler wants it there before
+            return loss if self.accelerator.scaler is None else loss.to(self.args.device)
+        self.batch_sizes.append(len(inputs["input_ids"]))
+        with each_pair(self.held_out, inputs, self.accelerator.gather, self.model, self.ref_model):
+            return super().compute_loss(model, inputs, *given, **named).to(self.args.device)
 
 
-def walk_less(model: Any, trained: list[torch.Tensor]) -> None:
+def walk_less(model: Any, wholes: list[torch.nn.Parameter]) -> None:
     """Spare `model` the walks through some thousand modules that transformers' loop takes at each step to set its mode and to
-    forget its gradients (docs/performance.md)."""
+    forget its gradients, those of `wholes` (docs/performance.md)."""
     change = model.train
 
     def train(mode: bool = True) -> Any:
         return model if model.training == mode else change(mode)
 
     def zero_grad() -> None:
-        for parameter in trained:
-            parameter.grad = None
+        for whole in wholes:
+            whole.grad.zero_()  # type: ignore[union-attr]
 
     model.train, model.zero_grad = train, zero_grad
 

@@ -8,6 +8,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fitness_dpo.graphs import Recorder
+from fitness_dpo.joined import join
 from fitness_dpo.packed_model import PackedForward
 from fitness_dpo.packing import Packed, pack
 
@@ -34,17 +35,21 @@ def test_a_replayed_step_is_the_step_launched_one_by_one(checkpointing: str, mon
     )  # fmt: skip
     base: Any = Qwen3ForCausalLM(config).bfloat16()
     model: Any = peft.get_peft_model(base.cuda(), peft.LoraConfig(r=16, target_modules="all-linear"))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    whole = join([parameter for parameter in model.parameters() if parameter.requires_grad])
+    assert whole.grad is not None
     plain = PackedForward(model, compiled=True, checkpointing="false")
-    recorded = PackedForward(model, compiled=True, checkpointing=checkpointing)
+    recorded = PackedForward(model, compiled=True, checkpointing=checkpointing, whole=whole)
     for pairs in (2, 5, 3, 2, 7, 5, 3, 6, 2):  # 5 and 6 are more than any before, and 7 too many to record
         packed = batch(pairs)
-        for parameter in parameters:
-            parameter.data.normal_(0, 0.05)
+        whole.data.normal_(0, 0.05)
         expected, found = plain.score(packed, plain.tuned), recorded.tuned_scores(packed)
         pull = torch.randn_like(expected.logps)
-        gradients = [torch.autograd.grad(scores.logps, parameters, pull) for scores in (found, expected)]
-        for mine, theirs in zip((found.logps, *gradients[0]), (expected.logps, *gradients[1]), strict=True):
+        gradients = []
+        for scores in (found, expected):
+            whole.grad.zero_()
+            scores.logps.backward(pull)
+            gradients.append(whole.grad.clone())
+        for mine, theirs in ((found.logps, expected.logps), gradients):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=float(theirs.detach().abs().max()) * 2**-6)
     assert isinstance(recorded.tuned_scores, Recorder)
     assert len(recorded.tuned_scores.recordings) == 2, "of the shapes since the largest came"

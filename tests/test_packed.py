@@ -31,7 +31,7 @@ def trainer_of(tiny: Tiny, pairs_file: Path, run: Path, *overrides: str) -> Pref
     generator = torch.Generator().manual_seed(1)
     for name, parameter in trainer.model.named_parameters():
         if ".lora_B.default" in name:  # away from the reference, where every loss has another value
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     assert isinstance(trainer, PreferenceTrainer)
     return trainer
 
@@ -73,9 +73,7 @@ def loss_gradients_and_metrics(
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     gradients = {
-        name: parameter.grad.clone()
-        for name, parameter in trainer.model.named_parameters()
-        if parameter.grad is not None
+        name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters() if parameter.requires_grad
     }
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items() if name != "num_tokens"}  # a sum
     return loss.detach(), gradients, metrics
