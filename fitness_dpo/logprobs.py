@@ -94,15 +94,20 @@ CHUNK_LOGITS = 1 << 27
 def score_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, pulled: bool) -> tuple[Tensor, ...]:
     """The scores of one chunk; where `pulled`, d logps / d hidden too: (tokens, width), the target's row of W less the expected."""
     logits = (hidden @ weight.T).float()
-    log_total = logits.logsumexp(-1)
-    probabilities = (logits - log_total[:, None]).exp()
+    own = logits.gather(-1, targets[:, None])
+    peak, likeliest = logits.max(-1, keepdim=True)
+    mean_logits = logits.mean(-1)
+    logits -= peak
+    powers = logits.exp()
+    total = powers.sum(-1, keepdim=True)
+    entropy = total.log() - logits.mul_(powers).sum(-1, keepdim=True) / total
     scores = (
-        logits.gather(-1, targets[:, None]).squeeze(-1) - log_total,
-        log_total - (probabilities * logits).sum(-1),
-        logits.mean(-1),
-        logits.argmax(-1) == targets,
+        (own - (peak + total.log())).squeeze(-1),
+        entropy.squeeze(-1),
+        mean_logits,
+        likeliest.squeeze(-1) == targets,
     )
-    return (*scores, weight[targets] - probabilities.to(weight.dtype) @ weight) if pulled else scores
+    return (*scores, weight[targets] - powers.div_(total).to(weight.dtype) @ weight) if pulled else scores
 
 
 class AnswerLogProbs(torch.autograd.Function):
