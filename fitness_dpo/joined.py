@@ -12,5 +12,5 @@ def join(parameters: list[Parameter]) -> Parameter:
     parts = zip(parameters, whole.detach().split(sizes), whole.grad.split(sizes), strict=True)
     for parameter, values, gradient in parts:
         parameter.data = values.view_as(parameter)
-        parameter.grad = gradient.view_as(parameter)
+        parameter.grad = gradient.view_as(parameter).detach()  # no view to autograd and the compiler
     return whole

@@ -45,11 +45,11 @@ def activation_bytes(
 ) -> int:
     """What the forward pass of `tokens` tokens keeps for the backward pass, and the logits of one chunk.
 
-    A layer keeps for each token: its input and the residual, both as they are and normalised; queries, keys and values before and after
-    the rotation; the attention's output; gate, up and their product. With checkpointing `true` one layer keeps that and the others their
+    A layer keeps for each token: its input and the residual, both as they are and normalised; queries, keys and values, the first two
+    rotated too; the attention's output, and again beside LoRA's part of it; gate, up and their product. With checkpointing `true` one layer keeps that and the others their
     input; with `unsloth` the inputs are in the host's memory.
     """
-    layer = 4 * model.hidden + 2 * (model.queries + 2 * model.keys) + model.queries + 3 * model.intermediate
+    layer = 4 * model.hidden + 4 * model.queries + 3 * model.keys + 3 * model.intermediate
     layer = layer if fused else int(layer * UNFUSED)
     kept = {
         "false": model.layers * layer,

@@ -25,6 +25,9 @@ MICRO_BATCHES = "micro_batches"
 STEPS_WORTH_COMPILING = 300
 NOT_ON_HOST = {"exo_pair"}
 """Losses for which TRL makes constants on the trainer's device, wherever the log-probabilities are."""
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Optimizers to which it is the same how numbers are divided into parameters; Adafactor looks at rows and columns, and those of 8
+bits spare small ones."""
 Collate = Callable[[list[Any]], dict[str, Any]]
 
 
@@ -32,6 +35,7 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
     train_dataset: datasets.Dataset
     eval_dataset: datasets.Dataset | None
     data_collator: Collate
+    optimizer: Any
 
     def __init__(self, config: TrainConfig, *, packed: bool, **given: Any) -> None:
         super().__init__(**given)
@@ -87,12 +91,20 @@ class PreferenceTrainer(trl.DPOTrainer):  # type: ignore[misc]
         ]
 
     def create_optimizer(self, *given: Any) -> torch.optim.Optimizer:
-        if self.args.optim != "adafactor":  # which looks at a matrix's rows and columns
+        if self.optimizer is None and self.args.optim in ELEMENTWISE:
             groups = [{"params": [whole], "weight_decay": decay} for whole, decay in self.joined.items()]
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer_cls_and_kwargs = kind, settings | {"params": groups}
+            self.optimizer = kind(groups, **settings)
         optimizer: torch.optim.Optimizer = super().create_optimizer(*given)
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:  # torch's, of other groups of parameters
+            raise InputError(
+                f"resume: {checkpoint} has the state of another optimizer, or of an earlier version's; start anew ({error})"
+            ) from error
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         """As it is: rows are tokenized already, so that one template serves training and answering."""

@@ -10,13 +10,13 @@ WEIGHTS, ADAPTER = 596_049_920, 10_092_544  # of Qwen3-0.6B, and of r=16 on all 
 
 @pytest.mark.parametrize(
     ("packed", "fused", "tokens", "measured_gib"),
-    [(True, True, 3_370, 7.18), (True, True, 12_474, 18.62), (True, True, 36_516, 48.35), (True, True, 48_401, 63.81),
+    [(True, True, 3_370, 6.91), (True, True, 12_474, 18.95), (True, True, 47_787, 66.35),
      (False, True, 6_256, 9.33), (False, True, 33_728, 42.68), (False, False, 5_856, 14.14)],
 )  # fmt: skip
 def test_the_estimate_is_within_a_fifth_of_the_peak(
     packed: bool, fused: bool, tokens: int, measured_gib: float
 ) -> None:
-    """`tokens` has the fullest batch that was measured: 8, 32, 96 and 128 pairs, Unsloth's of 8 and 32, and TRL's of 8."""
+    """`tokens` has the fullest batch that was measured: 8, 32 and 128 pairs, Unsloth's of 8 and 32, and TRL's of 8."""
     held = 2 * WEIGHTS + 4 * ADAPTER + trained_bytes(ADAPTER)
     estimate = held + activation_bytes(QWEN3, tokens, 2, packed=packed, fused=fused, checkpointing="false")
     assert estimate / 2**30 == pytest.approx(measured_gib, rel=0.2)

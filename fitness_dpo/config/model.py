@@ -73,13 +73,13 @@ class LoraConfig:
             "lora.target_modules", names, "name at least one linear layer, such as [q_proj,v_proj], or all-linear",
         )  # fmt: skip
         require(
-            "lm_head" not in names,
+            "lm_head" not in {name.rpartition(".")[2] for name in names},
             "lora.target_modules",
             names,
             "leave lm_head out: TRL's loss reads its weight directly",
         )
         require(
-            "embed_tokens" not in names,
+            "embed_tokens" not in {name.rpartition(".")[2] for name in names},
             "lora.target_modules",
             names,
             "leave embed_tokens out: where the head shares its weight, merging would change the head too",
