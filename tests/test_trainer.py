@@ -96,3 +96,14 @@ def test_a_target_module_the_model_lacks_is_named(tiny: Tiny) -> None:
         InputError, match=r"lora.target_modules=\['c_attn'\]: .*name layers of this model, or all-linear"
     ):
         tiny("lora.target_modules=[c_attn]")
+
+
+def test_a_checkpoint_with_another_optimizers_state_is_refused(tiny: Tiny, pairs_file: Path, tmp_path: Path) -> None:
+    config, policy = tiny(f"data.path={pairs_file}")
+    trainer = build_trainer(config, policy, load_preferences(config.data).splits, tmp_path, [])
+    trainer.create_optimizer_and_scheduler(2)
+    each = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    torch.save(torch.optim.AdamW(each).state_dict(), tmp_path / "optimizer.pt")
+    torch.save(trainer.lr_scheduler.state_dict(), tmp_path / "scheduler.pt")
+    with pytest.raises(InputError, match=f"resume: {tmp_path} has the state of another optimizer"):
+        trainer._load_optimizer_and_scheduler(str(tmp_path))
