@@ -302,8 +302,9 @@ def test_nine_runs_survive_a_kill_a_failure_and_an_interruption(pairs_file: Path
     (folder / "2").mkdir(parents=True)
     (folder / "2" / "checkpoints").write_text("in the way")
     with started(*arguments, cwd=tmp_path) as process:
-        wait_for(process, lambda: (folder / "1" / "output.log").is_file())
-        (job,) = psutil.Process(process.pid).children()
+        sweep = psutil.Process(process.pid)
+        wait_for(process, lambda: (folder / "1" / "output.log").is_file() and sweep.children())
+        (job,) = sweep.children()
         job.kill()
         wait_for(process, lambda: runs.last_checkpoint(folder / "4"))
         process.send_signal(signal.SIGINT)
